@@ -1,0 +1,17 @@
+"""Align language models to preferences on a Mac: from a jsonl file to a model in Ollama."""
+
+import importlib
+
+_PUBLIC = {
+    "train": "mlx_align.api",
+    "METHODS": "mlx_align.losses",
+    "AlignError": "mlx_align.errors",
+}
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name):
+    # Heavy imports wait until they are needed, so that `mlx-align --help` answers at once.
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'mlx_align' has no attribute {name!r}")

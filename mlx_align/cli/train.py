@@ -1,0 +1,139 @@
+"""One training command for every registered method."""
+
+import inspect
+import signal
+from pathlib import Path
+
+import click
+
+from mlx_align.cli.console import Console, open_console, table
+from mlx_align.cli.options import SettingOption, SettingsCommand, given, settings_options
+from mlx_align.errors import SettingsError
+from mlx_align.losses import METHODS
+from mlx_align.settings import read_file
+from mlx_align.train.config import GROUPS, setting_names
+
+HEADINGS = dict(zip(GROUPS, ("Model", "Data", "Adapter", "Training"), strict=True))
+# Higher is better for these; for the others the change alone is shown.
+SHOWN_BEFORE_AFTER = (
+    "loss", "rewards/accuracies", "logps/accuracies", "rewards/margins", "logps/chosen",
+    "logps/rejected", "mean_token_accuracy",
+)  # fmt: skip
+
+
+def commands() -> list[click.Command]:
+    """The commands of all methods."""
+    return [_command(name) for name in METHODS]
+
+
+def _command(name: str) -> click.Command:
+    method = METHODS[name]
+    summary, _, rest = inspect.getdoc(method).partition("\n")
+    learning_rate = f"Default learning rate {method.learning_rate:g}. Source: {method.source}."
+    params = [
+        SettingOption(
+            ["config", "-c", "--config"],
+            heading="Run",
+            help="YAML or JSON file of settings; flags come first. A run.json repeats that run.",
+        ),
+        SettingOption(
+            ["resume", "--resume"],
+            heading="Run",
+            metavar="RUN",
+            help="Go on with an interrupted run; its settings are used.",
+        ),
+        *settings_options(method, "Method"),
+    ]
+    for cls, heading in HEADINGS.items():
+        params += settings_options(cls, heading)
+    return SettingsCommand(
+        name,
+        params=params,
+        callback=click.pass_context(lambda context, **values: _train(context, name, values)),
+        help=f"{summary}\n{rest}\n\n{learning_rate}",
+        short_help=summary,
+    )
+
+
+def _train(context: click.Context, method: str, values: dict) -> int:
+    from mlx_align import api
+
+    console = open_console(context.obj["debug"])
+    flags = given(values, setting_names(method))
+    if values["resume"]:
+        if values["config"] or flags:
+            extra = ["-c"] * bool(values["config"]) + ["--" + f.replace("_", "-") for f in flags]
+            raise SettingsError(
+                f"--resume goes on with the settings of the run; leave out {', '.join(extra)}, or "
+                f"start a new run with -c {values['resume']}/run.json and these flags"
+            )
+        settings = {}
+    else:
+        settings = {**_read_config(values["config"], method), **flags}
+    stop = _StopOnInterrupt(console)
+    with stop:
+        result = api.train(
+            method, resume=values["resume"], events=console, should_stop=stop.asked, **settings
+        )
+    console.end_line()
+    if not result.finished:
+        click.echo(f"stopped after step {result.steps}; a checkpoint was written. Go on with:")
+        click.echo(f"  mlx-align {method} --resume {result.folder}")
+        return 130
+    _show_result(result)
+    return 0
+
+
+def _read_config(path: str | None, method: str) -> dict:
+    if path is None:
+        return {}
+    settings = read_file(path)
+    made_for = settings.pop("method", method)
+    if made_for != method:
+        raise SettingsError(f"{path}: is a run of {made_for}, not of {method}")
+    # A repeated run gets a folder of its own.
+    if Path(path).name == "run.json":
+        settings.pop("output", None)
+    return settings
+
+
+def _show_result(result) -> None:
+    if result.after:
+        rows = []
+        for name in SHOWN_BEFORE_AFTER:
+            if name in result.after:
+                before, after = result.before[name], result.after[name]
+                rows.append([name, f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}"])
+        click.echo("\n" + table(["held-out data", "before", "after", "change"], rows))
+        if result.best_step != result.steps:
+            click.echo(
+                f"lowest held-out loss was at step {result.best_step}: {result.folder}/checkpoints/best"
+            )
+    click.echo(f"\nrun folder: {result.folder}")
+    click.echo(f"  try it:   mlx-align chat {result.folder}")
+    click.echo(f"  compare:  mlx-align compare {result.folder}")
+    click.echo(f"  export:   mlx-align export {result.folder} --to ollama")
+
+
+class _StopOnInterrupt:
+    """Turns the first Ctrl-C into a wish to stop after the step; the second stops at once."""
+
+    def __init__(self, console: Console):
+        self._console = console
+        self._asked = False
+
+    def asked(self) -> bool:
+        return self._asked
+
+    def __enter__(self):
+        self._previous = signal.signal(signal.SIGINT, self._on_signal)
+        return self
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGINT, self._previous)
+
+    def _on_signal(self, *_):
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+        self._console.say("stopping after this step (Ctrl-C again stops at once) ...")

@@ -1,0 +1,176 @@
+"""Examples to batches: token rows, and a table of what is predicted where.
+
+A pack of one pair (prompt p, completions a and b) and the table that scores it:
+
+    index      0  1  2 | 3  4 | 5  6  7        source  target  owner
+    tokens     p0 p1 p2  a0 a1  b0 b1 b2         2       a0      0      the prompt's last token
+    positions  0  1  2   3  4   3  4  5          3       a1      0      predicts two successors
+    ends       8  8  8   5  5   8  8  8          2       b0      1
+                                                 5       b1      1
+                                                 6       b2      1
+
+`ends[j]` is the end of the subtree of j's segment: token i sees token j iff j <= i < ends[j]. The
+hidden state at `source` predicts token `target` for completion `owner`; nobody shifts by one.
+Host data only (numpy); knows nothing of models.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from mlx_align.data.template import Example
+
+
+class Segment(NamedTuple):
+    """Tokens [start, end) of a row that see themselves causally and everything of `parent`."""
+
+    row: int
+    start: int
+    end: int
+    parent: int  # index into the batch's segments, -1 for a root
+
+
+class Batch(NamedTuple):
+    """B rows of T tokens with M predictions for N completions.
+
+    tokens, positions, ends are int32[B, T]; source (an index into the flattened rows), target and
+    owner int32[M]; weight float32[M] is 1 for a prediction and 0 for padding. `segments` is empty
+    for rows that hold one completion each, without sharing. Completions of one example lie side by
+    side; `examples` names them in order.
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    ends: np.ndarray
+    source: np.ndarray
+    target: np.ndarray
+    owner: np.ndarray
+    weight: np.ndarray
+    segments: tuple[Segment, ...]
+    examples: tuple[Example, ...]
+
+    @property
+    def completions(self) -> int:
+        """N, the number of completions."""
+        return sum(len(e.completions) for e in self.examples)
+
+    @property
+    def real_tokens(self) -> int:
+        """Tokens as a user counts them: every completion with its own copy of the prompt."""
+        return sum(sum(e.lengths) for e in self.examples)
+
+
+def pack(examples: Sequence[Example], multiple: int = 1) -> Batch:
+    """One row that holds all examples, each prompt once.
+
+    T and M are padded to a multiple of `multiple`, so that a backend that prefers few shapes sees
+    few.
+    """
+    tokens, positions, ends, segments = [], [], [], []
+    source, target, owner = [], [], []
+    at, completion = 0, 0
+    for example in examples:
+        root, size = len(segments), len(example.prompt)
+        segments.append(Segment(0, at, at + size, -1))
+        tokens.append(example.prompt)
+        positions.append(np.arange(size))
+        ends.append(np.full(size, at + example.packed_length))
+        last_of_prompt = at + size - 1
+        at += size
+        for ids, scored in zip(example.completions, example.scored, strict=True):
+            segments.append(Segment(0, at, at + len(ids), root))
+            tokens.append(ids)
+            positions.append(size + np.arange(len(ids)))
+            ends.append(np.full(len(ids), at + len(ids)))
+            sources = np.concatenate([[last_of_prompt], at + np.arange(len(ids) - 1)])
+            source.append(sources[scored])
+            target.append(ids[scored])
+            owner.append(np.full(int(scored.sum()), completion))
+            at += len(ids)
+            completion += 1
+    return Batch(
+        *(_row(parts, multiple) for parts in (tokens, positions, ends)),
+        *_table(source, target, owner, multiple),
+        tuple(segments),
+        tuple(examples),
+    )
+
+
+def pad(examples: Sequence[Example], multiple: int = 1) -> Batch:
+    """One row a completion, the prompt repeated, padded on the right: for models without packing."""
+    rows = [np.concatenate([e.prompt, c]) for e in examples for c in e.completions]
+    width = _round_up(max(len(row) for row in rows), multiple)
+    tokens = np.zeros((len(rows), width), np.int32)
+    ends = np.zeros((len(rows), width), np.int32)
+    source, target, owner = [], [], []
+    row = 0
+    for example in examples:
+        before = len(example.prompt)
+        for ids, scored in zip(example.completions, example.scored, strict=True):
+            tokens[row, : before + len(ids)] = rows[row]
+            ends[row, : before + len(ids)] = before + len(ids)
+            source.append((row * width + before - 1 + np.arange(len(ids)))[scored])
+            target.append(ids[scored])
+            owner.append(np.full(int(scored.sum()), row))
+            row += 1
+    positions = np.broadcast_to(np.arange(width, dtype=np.int32), tokens.shape)
+    table = _table(source, target, owner, multiple)
+    return Batch(tokens, positions, ends, *table, (), tuple(examples))
+
+
+def _row(parts, multiple):
+    row = np.concatenate(parts).astype(np.int32)
+    return np.pad(row, (0, _round_up(len(row), multiple) - len(row)))[None]
+
+
+def _table(source, target, owner, multiple):
+    source, target, owner = (np.concatenate(x).astype(np.int32) for x in (source, target, owner))
+    rows = len(source)
+    extra = (0, _round_up(rows, multiple) - rows)
+    weight = np.pad(np.ones(rows, np.float32), extra)
+    return np.pad(source, extra), np.pad(target, extra), np.pad(owner, extra), weight
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def split_into_packs(
+    examples: Sequence[Example], pack_length: int, *, shared: bool = True
+) -> list[list[Example]]:
+    """Distribute examples over as few packs of at most `pack_length` tokens as it takes.
+
+    The packs are about equally full, since the fullest sets the peak memory. An example longer than
+    `pack_length` gets a pack of its own. With `shared` false, lengths count a prompt once for every
+    completion, padded to the longest, as `pad` lays them out.
+    """
+
+    def size(group):
+        if shared:
+            return sum(e.packed_length for e in group)
+        return max(max(e.lengths) for e in group) * sum(len(e.completions) for e in group)
+
+    order = sorted(examples, key=lambda e: -e.packed_length)
+    if not shared:
+        # Rows are padded to the longest of their pack, so neighbours in length belong together.
+        packs: list[list[Example]] = []
+        for example in order:
+            if packs and size([*packs[-1], example]) <= pack_length:
+                packs[-1].append(example)
+            else:
+                packs.append([example])
+        return packs
+    first_fit: list[list[Example]] = []
+    for example in order:
+        fits = (p for p in first_fit if size(p) + example.packed_length <= pack_length)
+        target = next(fits, None)
+        if target is None:
+            first_fit.append([example])
+        else:
+            target.append(example)
+    balanced: list[list[Example]] = [[] for _ in first_fit]
+    for example in order:
+        min(balanced, key=size).append(example)
+    fits = all(balanced) and max(map(size, balanced)) <= max(pack_length, order[0].packed_length)
+    return balanced if fits else first_fit

@@ -1,0 +1,46 @@
+"""Writing files so that a crash at any moment leaves the old file or the new one, never half."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+
+def write_atomically(path: Path, content: str | Path) -> None:
+    """Replace `path` by text, or by a finished temporary file beside it."""
+    if isinstance(content, Path):
+        temporary = content
+    else:
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(content, encoding="utf-8")
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, value) -> None:
+    """`write_atomically` for plain data."""
+    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable, where the system can."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)
+
+
+def replace_folder(temporary: Path, final: Path) -> None:
+    """Move a finished folder to its place; what stood there is removed first."""
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(temporary, final)
+    sync_folder(final.parent)

@@ -1,0 +1,206 @@
+"""Log-probabilities of given tokens without the full logits.
+
+    logp[t] = z[t, target] - logsumexp(z[t])        z = softcap(scale * (hidden @ W.T + bias))
+
+The vocabulary is walked in chunks with a running maximum and sum (Milakov and Gimelshein 2018,
+arXiv:1805.02867), so memory is tokens x chunk, not tokens x V. With a frozen head the unit gradient
+d logp / d hidden = W[target] - softmax(z) @ W falls out of the same walk and the backward pass only
+scales it: two matrix products a token instead of three.
+
+All sums and logits are float32 whatever the weights are. Knows nothing of where heads come from.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_map
+
+# Bytes of one chunk of logits; also bounds the float32 copy of one chunk of weights. MLX's CPU
+# backend allocates up to 100 operations ahead of the one that runs, which is about 8 chunks.
+CHUNK_BYTES = {"cpu": 8 * 2**20, "gpu": 64 * 2**20}
+# More rows at a time would make the chunks of the vocabulary too narrow for matrix products.
+BLOCK_ROWS = 2048
+
+
+def _chunk_bytes() -> int:
+    return CHUNK_BYTES["cpu" if mx.default_device() == mx.cpu else "gpu"]
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """How hidden states become logits: a frozen matrix [V, D], perhaps quantised.
+
+    `quantisation` is (scales, biases, group size, bits, mode) of MLX's packed `weight`.
+    """
+
+    weight: mx.array
+    quantisation: tuple | None = None
+    bias: mx.array | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def rows(self, index) -> mx.array:
+        """Rows of the matrix in float32, for a slice or an array of row numbers."""
+        weight = self.weight[index]
+        if self.quantisation is None:
+            return weight.astype(mx.float32)
+        scales, biases, group_size, bits, mode = self.quantisation
+        return mx.dequantize(
+            weight,
+            scales[index],
+            None if biases is None else biases[index],
+            group_size=group_size,
+            bits=bits,
+            mode=mode,
+        ).astype(mx.float32)
+
+
+def frozen_log_probs(
+    hidden: mx.array, targets: mx.array, head: Projection, *, gradient: bool = True
+) -> tuple[mx.array, mx.array]:
+    """Log-probability of each target, float32[M], and whether it is the most likely token, bool[M].
+
+    `hidden` is [M, D], `targets` int[M]. Differentiable in `hidden` only; `gradient=False` skips
+    the work for that.
+    """
+    if not gradient:
+        logp, hit, _ = _blocks(mx.stop_gradient(hidden), targets, head, gradient=False)
+        return logp, hit
+
+    @mx.custom_function
+    def log_probs(hidden, targets):
+        return _blocks(hidden, targets, head, gradient=True)
+
+    @log_probs.vjp
+    def backward(primals, cotangents, outputs):
+        unit = outputs[2]
+        return (cotangents[0][:, None] * unit).astype(primals[0].dtype), None
+
+    logp, hit, _ = log_probs(hidden, targets)
+    return logp, hit
+
+
+def _blocks(hidden, targets, head, gradient):
+    """`_walk` for blocks of rows, one after the other."""
+    parts = []
+    for start in range(0, hidden.shape[0], BLOCK_ROWS):
+        here = hidden[start : start + BLOCK_ROWS]
+        if parts:
+            here = mx.depends([here], [p for p in parts[-1] if p is not None])[0]
+        parts.append(_walk(here, targets[start : start + BLOCK_ROWS], head, gradient))
+    if len(parts) == 1:
+        return parts[0]
+    return tuple(None if p[0] is None else mx.concatenate(p) for p in zip(*parts, strict=True))
+
+
+def _walk(hidden, targets, head, gradient):
+    """(logp, is the most likely, unit gradient) by one walk over the vocabulary."""
+    count, width = hidden.shape
+    vocabulary = head.weight.shape[0]
+    chunk = max(64, _chunk_bytes() // (4 * max(count, width)))
+    # The softmax is in base 2 (see tree_attention); a soft cap needs natural units before it.
+    unit = math.log2(math.e)
+    factor = head.scale * (1.0 if head.softcap else unit)
+    hidden = hidden.astype(mx.float32) * factor
+
+    def logits(hidden, weight, bias):
+        """Base-2 logits, and their derivative by the natural logit if that is not constant."""
+        z = hidden @ weight.swapaxes(-1, -2)
+        if bias is not None:
+            z = z + bias.astype(mx.float32) * factor
+        if not head.softcap:
+            return z, None
+        bent = mx.tanh(z / head.softcap)
+        return bent * (head.softcap * unit), 1 - bent * bent
+
+    target_weight = head.rows(targets)
+    bias = None if head.bias is None else head.bias[targets]
+    target = (hidden * target_weight).sum(axis=-1)
+    if bias is not None:
+        target = target + bias.astype(mx.float32) * factor
+    slope = 1.0
+    if head.softcap:
+        bent = mx.tanh(target / head.softcap)
+        target, slope = bent * (head.softcap * unit), (1 - bent * bent)[:, None]
+
+    top = total = pull = None
+    for start in range(0, vocabulary, chunk):
+        part = slice(start, min(start + chunk, vocabulary))
+        if top is not None:
+            # Without an order MLX may start many chunks at once, and memory would grow with them.
+            hidden = mx.depends([hidden], [top, total] if pull is None else [top, total, pull])[0]
+        weight = head.rows(part)
+        z, slopes = logits(hidden, weight, None if head.bias is None else head.bias[part])
+        here = z.max(axis=-1, keepdims=True)
+        new = here if top is None else mx.maximum(top, here)
+        mass = mx.power(2.0, z - new)
+        here_total = mass.sum(axis=-1, keepdims=True)
+        shrink = None if top is None else mx.power(2.0, top - new)
+        total = here_total if top is None else total * shrink + here_total
+        if gradient:
+            here_pull = (mass if slopes is None else mass * slopes) @ weight
+            pull = here_pull if pull is None else pull * shrink + here_pull
+        top = new
+    log_total = (top + mx.log2(total))[:, 0]
+    logp = (target - log_total) * math.log(2)
+    # Equal up to rounding: the target's logit comes from another sum than the chunk's.
+    hit = target >= top[:, 0] - 1e-5 * mx.abs(top[:, 0])
+    if not gradient:
+        return logp, hit, None
+    return logp, hit, (slope * target_weight - pull / total) * head.scale
+
+
+def trained_log_probs(
+    hidden: mx.array,
+    targets: mx.array,
+    parameters: dict,
+    logits: Callable[[dict, mx.array], mx.array],
+    vocabulary: int,
+) -> tuple[mx.array, mx.array]:
+    """`frozen_log_probs` for a head with `parameters` (a tree of arrays) that are trained too.
+
+    `logits(parameters, hidden[n, D])` gives [n, V]. Tokens are walked in chunks, and the backward
+    pass computes each chunk's logits again instead of keeping them.
+    """
+    rows = max(16, _chunk_bytes() // (4 * vocabulary))
+    count = hidden.shape[0]
+    chunks = [slice(s, min(s + rows, count)) for s in range(0, count, rows)]
+
+    def piece(parameters, hidden, targets):
+        z = logits(parameters, hidden).astype(mx.float32)
+        target = mx.take_along_axis(z, targets[:, None], axis=-1)[:, 0]
+        return target - mx.logsumexp(z, axis=-1), target >= z.max(axis=-1)
+
+    @mx.custom_function
+    def log_probs(parameters, hidden, targets):
+        parts = []
+        for part in chunks:
+            here = hidden[part]
+            if parts:
+                here = mx.depends([here], parts[-1])[0]
+            parts.append(piece(parameters, here, targets[part]))
+        return tuple(mx.concatenate(p) for p in zip(*parts, strict=True))
+
+    @log_probs.vjp
+    def backward(primals, cotangents, outputs):
+        parameters, hidden, targets = primals
+        grads, grad_hidden = None, []
+        for part in chunks:
+            here = hidden[part]
+            if grad_hidden:
+                finished = [leaf for _, leaf in tree_flatten(grads)]
+                here = mx.depends([here], [grad_hidden[-1], *finished])[0]
+
+            def weighted(parameters, here, target=targets[part], upstream=cotangents[0][part]):
+                return (piece(parameters, here, target)[0] * upstream).sum()
+
+            here_grads, here_hidden = mx.grad(weighted, argnums=(0, 1))(parameters, here)
+            here_grads = tree_map(lambda g: g.astype(mx.float32), here_grads)
+            grads = here_grads if grads is None else tree_map(mx.add, grads, here_grads)
+            grad_hidden.append(here_hidden)
+        grads = tree_map(lambda g, p: g.astype(p.dtype), grads, parameters)
+        return grads, mx.concatenate(grad_hidden), None
+
+    return log_probs(parameters, hidden, targets)

@@ -1,0 +1,235 @@
+"""Attention over a pack of segments that form trees: a prompt, its completions, the next prompt.
+
+    tokens   p p p  a a  b b b  q q  c c          segments  (start, end, parent)
+    segment  0 0 0  1 1  2 2 2  3 3  4 4          0 (0,3,-)  1 (3,5,0)  2 (5,8,0)  3 (8,10,-)  4 ...
+
+A token sees the tokens of its own segment up to itself, and all tokens of the segments above. No
+score between tokens that do not see each other is ever computed: each segment is one causal
+attention over [ancestors, own], the lower-right causal case.
+
+`dense_mask` states the same rule as one matrix and is the reference for tests. Knows nothing of
+models.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+# Query rows at a time on the CPU: bounds the scores in memory to rows x keys for each head.
+QUERY_BLOCK = 256
+# MLX's fused attention on the GPU has no backward pass for 8 queries or fewer.
+FUSED_MIN_QUERIES = 9
+
+
+def dense_mask(positions: np.ndarray, ends: np.ndarray, window: int | None = None) -> np.ndarray:
+    """Which key each token sees, bool[B, T, T]: `j <= i < ends[j]`, and `window` positions back.
+
+    `positions` and `ends` are int[B, T]; `ends[j]` is the end of the subtree of j's segment, 0 for
+    padding. A padding token sees itself, so that no row is empty.
+    """
+    index = np.arange(positions.shape[1])
+    causal = index[None, :] <= index[:, None]
+    inside = index[None, :, None] < ends[:, None, :]
+    mask = causal[None] & inside
+    if window is not None:
+        mask &= positions[:, :, None] - positions[:, None, :] < window
+    return mask | np.eye(len(index), dtype=bool)[None]
+
+
+@functools.lru_cache(maxsize=512)
+def causal_bias(rows: int, keys: int, window: int | None) -> np.ndarray:
+    """float32[rows, keys] to add to scores: 0 where a query sees a key, else very negative.
+
+    Lower-right causal: the last query sees the last key.
+    """
+    query = np.arange(keys - rows, keys)[:, None]
+    key = np.arange(keys)[None, :]
+    sees = key <= query
+    if window is not None:
+        sees &= query - key < window
+    return np.where(sees, np.float32(0), np.float32(-1e30))
+
+
+def tree_attention(q, k, v, segments, *, scale: float, window: int | None = None) -> mx.array:
+    """Attention of every token over its path in the tree.
+
+    q is [B, H, T, D], k and v are [B, G, T, D] with H a multiple of G; `segments` holds the
+    segments of all rows in order (each knows its row). Returns [B, H, T, D]; tokens outside every
+    segment (padding) get zeros. A `window` of w lets a token see its last w positions only.
+    """
+    rows = []
+    for row in range(q.shape[0]):
+        index = [i for i, segment in enumerate(segments) if segment.row == row]
+        single = slice(row, row + 1)
+        attend = _flash_row if mx.default_device() == mx.cpu else _fused_row
+        parts = attend(q[single], k[single], v[single], segments, index, scale, window)
+        done = segments[index[-1]].end if index else 0
+        if done < q.shape[2]:
+            parts = [*parts, mx.zeros((1, q.shape[1], q.shape[2] - done, v.shape[-1]), q.dtype)]
+        rows.append(_join(parts))
+    return mx.concatenate(rows) if len(rows) > 1 else rows[0]
+
+
+def _join(parts):
+    return mx.concatenate(parts, axis=2) if len(parts) > 1 else parts[0]
+
+
+def _path(segments, index: int) -> list[int]:
+    """The segments that segment `index` sees, root first, itself last."""
+    path = []
+    while index >= 0:
+        path.append(index)
+        index = segments[index].parent
+    return path[::-1]
+
+
+# -- on a GPU: MLX's fused attention, once for each segment ------------------------------------------
+
+
+def _fused_row(q, k, v, segments, index, scale, window):
+    outputs = []
+    for i in index:
+        spans = [slice(segments[j].start, segments[j].end) for j in _path(segments, i)]
+        keys = _join([k[:, :, span] for span in spans])
+        values = _join([v[:, :, span] for span in spans])
+        outputs.append(_fused(q[:, :, spans[-1]], keys, values, scale, window))
+    return outputs
+
+
+def _fused(q, k, v, scale, window):
+    """Lower-right causal attention of one segment."""
+    rows, keys = q.shape[2], k.shape[2]
+    if rows < FUSED_MIN_QUERIES:
+        return _plain(q, k, v, scale, causal_bias(rows, keys, window))
+    mask = "causal"
+    if window is not None and keys > window:
+        mask = mx.array(causal_bias(rows, keys, window) == 0)
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+
+
+def _plain(q, k, v, scale, bias):
+    """Attention in plain operations."""
+    batch, heads, rows, dim = q.shape
+    groups = k.shape[1]
+    q = q.reshape(batch, groups, heads // groups, rows, dim)
+    scores = (q.astype(mx.float32) * scale) @ k[:, :, None].astype(mx.float32).swapaxes(-1, -2)
+    weights = mx.softmax(scores + mx.array(bias), axis=-1).astype(v.dtype)
+    return (weights @ v[:, :, None]).reshape(batch, heads, rows, v.shape[-1])
+
+
+# -- on the CPU: all segments in one function with its own backward pass -----------------------------
+
+
+class _Block(NamedTuple):
+    """Queries [start, end) of a segment and the keys they see: (segment, first, last) inside each."""
+
+    start: int
+    end: int
+    keys: list[tuple[int, int, int]]
+
+
+def _blocks(segments, index, window) -> list[_Block]:
+    blocks = []
+    for i in index:
+        path = _path(segments, i)
+        before = sum(segments[j].end - segments[j].start for j in path[:-1])
+        own = segments[i]
+        for start in range(own.start, own.end, QUERY_BLOCK):
+            end = min(start + QUERY_BLOCK, own.end)
+            # Positions along the path: the block's last query, and the first one any query sees.
+            last = before + end - own.start
+            first = 0 if window is None else max(0, before + start - own.start - window + 1)
+            keys, at = [], 0
+            for j in path:
+                size = segments[j].end - segments[j].start
+                low, high = max(first - at, 0), min(last - at, size)
+                if low < high:
+                    keys.append((j, low, high))
+                at += size
+            blocks.append(_Block(start, end, keys))
+    return blocks
+
+
+def _flash_row(q, k, v, segments, index, scale, window):
+    """Softmax attention that keeps only its output and log-sum-exp for the backward pass.
+
+    Dao et al. 2022 (arXiv:2205.14135), algorithms 1 and 4. The softmax is taken in base 2: on MLX's
+    CPU backend a power is a third of the price of an exponential. One function for all segments,
+    since the gradient of every slice would otherwise be a full-size array.
+    """
+    heads = q.shape[1]
+    groups = k.shape[1]
+    repeats = heads // groups
+    in_base_2 = scale * math.log2(math.e)
+    blocks = _blocks(segments, index, window)
+
+    def gather(x, block):
+        parts = [
+            x[:, :, segments[j].start + low : segments[j].start + high]
+            for j, low, high in block.keys
+        ]
+        return _join(parts)
+
+    def grouped(x, block):
+        """[1, H, n, d] as [1, G, H/G * n, d]: query heads that share keys lie side by side."""
+        x = x[:, :, block.start : block.end]
+        return x.reshape(1, groups, -1, x.shape[-1])
+
+    def ungrouped(x, block):
+        return x.reshape(1, heads, block.end - block.start, x.shape[-1])
+
+    def scores(q, keys, block):
+        bias = causal_bias(block.end - block.start, keys.shape[2], window)
+        return (q * in_base_2) @ keys.swapaxes(-1, -2) + mx.array(np.tile(bias, (repeats, 1)))
+
+    @mx.custom_function
+    def attend(q, k, v):
+        outputs, log_sums = [], []
+        for block in blocks:
+            s = scores(grouped(q, block), gather(k, block), block)
+            top = s.max(axis=-1, keepdims=True)
+            weights = mx.power(2.0, s - top)
+            total = weights.sum(axis=-1, keepdims=True)
+            outputs.append(ungrouped((weights @ gather(v, block)) / total, block))
+            log_sums.append(ungrouped(top + mx.log2(total), block))
+        return _join(outputs), _join(log_sums)
+
+    @attend.vjp
+    def backward(primals, cotangents, outputs):
+        q, k, v = primals
+        grad_q, grad_k, grad_v = [], {}, {}
+        for block in blocks:
+            queries, keys, values = grouped(q, block), gather(k, block), gather(v, block)
+            grad, out = grouped(cotangents[0], block), grouped(outputs[0], block)
+            weights = mx.power(2.0, scores(queries, keys, block) - grouped(outputs[1], block))
+            delta = (grad * out).sum(axis=-1, keepdims=True)
+            grad_scores = weights * (grad @ values.swapaxes(-1, -2) - delta)
+            grad_q.append(ungrouped(grad_scores @ keys, block))
+            collect(grad_k, grad_scores.swapaxes(-1, -2) @ queries, block)
+            collect(grad_v, weights.swapaxes(-1, -2) @ grad, block)
+        return (
+            cover(scale * _join(grad_q), q),
+            cover(scale * _join([grad_k[i] for i in index]), k),
+            cover(_join([grad_v[i] for i in index]), v),
+        )
+
+    def collect(grads, grad, block):
+        """Add the gradient of a block's keys to those of the segments they come from."""
+        at = 0
+        for j, low, high in block.keys:
+            size = segments[j].end - segments[j].start
+            part = grad[:, :, at : at + high - low]
+            if high - low < size:
+                part = mx.pad(part, [(0, 0), (0, 0), (low, size - high), (0, 0)])
+            grads[j] = part if j not in grads else grads[j] + part
+            at += high - low
+
+    def cover(grad, like):
+        missing = like.shape[2] - grad.shape[2]
+        return mx.pad(grad, [(0, 0), (0, 0), (0, missing), (0, 0)]) if missing else grad
+
+    q32, k32, v32 = (x.astype(mx.float32) for x in (q, k, v))
+    return [attend(q32, k32, v32)[0].astype(q.dtype)]

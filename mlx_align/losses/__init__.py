@@ -1,0 +1,6 @@
+"""All methods; importing this package fills the register."""
+
+from mlx_align.losses import preference, sft
+from mlx_align.losses.base import METHODS, Loss, Method, Pairs, Scores
+
+__all__ = ["METHODS", "Loss", "Method", "Pairs", "Scores", "preference", "sft"]

@@ -1,0 +1,65 @@
+"""Model configs as transformers 5 writes them, in the spelling that every reader understands.
+
+transformers 5 nests `rope_theta` and `rope_scaling` in `rope_parameters` (one per layer type where
+layers differ) and renames `num_experts`. Several families of mlx-lm ignore the new keys without a
+word and run with default frequencies, so the old keys are put beside the new ones.
+"""
+
+
+def normalise_config(config: dict) -> dict:
+    """A copy of a config.json with old and new spellings side by side; nested text configs too."""
+    config = dict(config)
+    if isinstance(config.get("text_config"), dict):
+        config["text_config"] = normalise_config(config["text_config"])
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and rope:
+        _hoist_rope(config, rope)
+    elif "rope_theta" in config:
+        _nest_rope(config)
+    for old, new in (("num_experts", "num_local_experts"),):
+        for have, lack in ((old, new), (new, old)):
+            if config.get(have) is not None and config.get(lack) is None:
+                config[lack] = config[have]
+    kinds = config.get("layer_types")
+    if kinds and "sliding_window_pattern" not in config and "full_attention" in kinds:
+        period = kinds.index("full_attention") + 1
+        expected = [
+            "full_attention" if (i + 1) % period == 0 else kinds[0] for i in range(len(kinds))
+        ]
+        if list(kinds) == expected:
+            config["sliding_window_pattern"] = period
+    return config
+
+
+def _hoist_rope(config, rope):
+    by_layer = all(isinstance(value, dict) for value in rope.values())
+    main = rope.get("full_attention") if by_layer else rope
+    if main is None:
+        main = next(iter(rope.values()))
+    if main.get("rope_theta") is not None:
+        config["rope_theta"] = main["rope_theta"]
+    if main.get("partial_rotary_factor") is not None:
+        config["partial_rotary_factor"] = main["partial_rotary_factor"]
+    kind = main.get("rope_type", main.get("type", "default"))
+    if kind != "default":
+        scaling = {
+            k: v for k, v in main.items() if k not in ("rope_theta", "partial_rotary_factor")
+        }
+        config["rope_scaling"] = {**scaling, "rope_type": kind, "type": kind}
+    elif config.get("rope_scaling") is None:
+        config.pop("rope_scaling", None)
+    local = rope.get("sliding_attention") if by_layer else None
+    if local and local.get("rope_theta") is not None:
+        config["rope_local_base_freq"] = local["rope_theta"]
+
+
+def _nest_rope(config):
+    """`rope_parameters` from the old keys, for one set of frequencies in all layers."""
+    if config.get("rope_local_base_freq") is not None:
+        return
+    scaling = dict(config.get("rope_scaling") or {})
+    kind = scaling.pop("type", None)
+    kind = scaling.pop("rope_type", kind) or "default"
+    config["rope_parameters"] = {"rope_theta": config["rope_theta"], "rope_type": kind, **scaling}
+    if config.get("partial_rotary_factor") is not None:
+        config["rope_parameters"]["partial_rotary_factor"] = config["partial_rotary_factor"]

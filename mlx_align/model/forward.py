@@ -1,0 +1,118 @@
+"""From a batch to the log-probability of every predicted token: the one path for all methods."""
+
+import logging
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_align.data.packing import Batch, pack, pad, split_into_packs
+from mlx_align.data.template import Example, make_example
+from mlx_align.model.load import LoadedModel
+from mlx_align.model.packed import PackLayout, install_hooks
+
+log = logging.getLogger("mlx_align")
+
+# Mean difference of log-probabilities that rounding alone explains, by the model's dtype.
+TOLERANCE = {mx.float32: 1e-4, mx.float16: 0.01, mx.bfloat16: 0.05}
+
+
+def token_log_probs(
+    loaded: LoadedModel, batch: Batch, *, gradient: bool = False
+) -> tuple[mx.array, mx.array]:
+    """Log-probability of each target of a batch, and whether it is the model's first choice.
+
+    Returns float32[M] and bool[M]. `gradient` says whether a backward pass will follow.
+    """
+    model = loaded.model
+    cache = None
+    if batch.segments:
+        layout = PackLayout(batch, dense=loaded.layout == "dense")
+        cache = [layout] * loaded.cache_entries
+    tokens, targets = mx.array(batch.tokens), mx.array(batch.target)
+    source = mx.array(batch.source)
+    if loaded.head is None:
+        logits = model(tokens, cache=cache)
+        rows = logits.reshape(-1, logits.shape[-1])[source].astype(mx.float32)
+        chosen = mx.take_along_axis(rows, targets[:, None], axis=-1)[:, 0]
+        return chosen - mx.logsumexp(rows, axis=-1), chosen >= rows.max(axis=-1)
+    with loaded.head.tapped() as tap:
+        model(tokens, cache=cache)
+    hidden = tap.hidden
+    hidden = hidden.reshape(-1, hidden.shape[-1])[source]
+    return loaded.head.log_probs(hidden, targets, gradient=gradient)
+
+
+# Most tokens in a pack unless a run says otherwise: small packs stay in a CPU's cache, large ones
+# keep a GPU busy.
+PACK_LENGTH = {mx.cpu: 512, mx.gpu: 2048}
+
+
+def make_batches(
+    loaded: LoadedModel, examples: Sequence[Example], pack_length: int | None = None
+) -> list[Batch]:
+    """Batches of at most `pack_length` tokens in the layout that the model can run.
+
+    On a GPU, sizes are rounded up, so that few different shapes are seen.
+    """
+    shared = loaded.layout != "plain"
+    device = mx.default_device().type
+    pack_length = pack_length or PACK_LENGTH[device]
+    multiple = 1 if device == mx.cpu else 32
+    make = pack if shared else pad
+    groups = split_into_packs(examples, pack_length, shared=shared)
+    return [make(group, multiple) for group in groups]
+
+
+def choose_layout(loaded: LoadedModel) -> str:
+    """Find out, by trying, how this model can run packs, and prepare it.
+
+    "segments" (attention along the tree), "dense" (masks as matrices) or "plain" (one completion a
+    row, for recurrent models and others that do not let a token choose what it sees). Each layout is
+    compared with separate forward passes on a small made-up batch.
+    """
+    examples = _probe_examples(loaded.vocabulary)
+    loaded.layout = "plain"
+    separate = np.concatenate(
+        [_score(loaded, pad([single])) for e in examples for single in _split(e)]
+    )
+    install_hooks(loaded.model)
+    tolerance = TOLERANCE.get(loaded.dtype, 0.05)
+    for layout in ("segments", "dense"):
+        loaded.layout = layout
+        try:
+            difference = np.abs(_score(loaded, pack(examples)) - separate).mean()
+        except (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError) as error:
+            log.debug("layout %s: %s", layout, error)
+            continue
+        log.debug("layout %s differs from separate passes by %.2e", layout, difference)
+        if difference <= tolerance:
+            return layout
+    loaded.layout = "plain"
+    return "plain"
+
+
+def _score(loaded, batch):
+    logp, _ = token_log_probs(loaded, batch)
+    return np.asarray(logp)
+
+
+def _probe_examples(vocabulary: int) -> list[Example]:
+    rng = np.random.default_rng(0)
+
+    def ids(count):
+        return rng.integers(0, vocabulary, count)
+
+    def example(prompt, *completions):
+        masks = [np.ones(n, bool) for n in completions]
+        return make_example(ids(prompt), [ids(n) for n in completions], masks, "probe")
+
+    return [example(9, 12, 5), example(3, 2, 10, 7)]
+
+
+def _split(example):
+    """One example for each completion."""
+    return [
+        make_example(example.prompt, [c], [s], example.origin)
+        for c, s in zip(example.completions, example.scored, strict=True)
+    ]

@@ -1,0 +1,143 @@
+"""The vocabulary head of an mlx-lm model: found by watching, not by name.
+
+mlx-lm models return logits. Training wants the hidden states before the head, because only some
+rows need logits and never all at once. So the head is tapped: while a tap is on, the head hands
+over its input and returns next to nothing. What the model does to logits behind the head (a scale,
+a soft cap) is measured once by letting the tap return known values.
+"""
+
+import contextlib
+import functools
+import math
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_align.kernels.token_log_prob import Projection, frozen_log_probs, trained_log_probs
+
+
+class Tap:
+    """What a tapped head saw and what it answers."""
+
+    def __init__(self, answer=None):
+        self.hidden = None
+        self.answer = answer
+
+    def __call__(self, hidden):
+        self.hidden = hidden
+        return hidden[..., :1] if self.answer is None else self.answer
+
+
+@functools.cache
+def _tapped_class(cls, method: str):
+    def tapped(self, hidden, *args, **kwargs):
+        return self._tap(hidden)
+
+    return type(f"Tapped{cls.__name__}", (cls,), {method: tapped})
+
+
+@contextlib.contextmanager
+def _tapped(module, method, tap):
+    original = type(module)
+    module.__class__ = _tapped_class(original, method)
+    object.__setattr__(module, "_tap", tap)
+    try:
+        yield tap
+    finally:
+        module.__class__ = original
+        object.__delattr__(module, "_tap")
+
+
+@dataclass(eq=False)
+class Head:
+    """The module that makes logits, how it is called, and what follows it."""
+
+    module: nn.Module
+    method: str  # "__call__" of a linear layer or "as_linear" of a tied embedding
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def tapped(self):
+        """While this is open, the model stops at the head; the tap's `hidden` is what it was given."""
+        return _tapped(self.module, self.method, Tap())
+
+    def log_probs(self, hidden, targets, *, gradient: bool):
+        """(log-probability float32[M], is the most likely bool[M]) of targets given hidden [M, D]."""
+        projection = self._projection()
+        if projection is not None:
+            return frozen_log_probs(hidden, targets, projection, gradient=gradient)
+        parameters = self.module.trainable_parameters()
+        vocabulary = self._logits(parameters, hidden[:1]).shape[-1]
+        try:
+            return trained_log_probs(hidden, targets, parameters, self._logits, vocabulary)
+        finally:
+            self.module.update(parameters)
+
+    def _logits(self, parameters, hidden):
+        self.module.update(parameters)
+        z = getattr(self.module, self.method)(hidden).astype(mx.float32) * self.scale
+        return mx.tanh(z / self.softcap) * self.softcap if self.softcap else z
+
+    def _projection(self) -> Projection | None:
+        """The head as a frozen matrix, or None where it is trained or is more than a matrix."""
+        module = self.module
+        if tree_flatten(module.trainable_parameters()):
+            return None
+        quantised = isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding)
+        if not quantised and type(module) not in (nn.Linear, nn.Embedding):
+            return None
+        quantisation = None
+        if quantised:
+            quantisation = (
+                module.scales, module.get("biases"), module.group_size, module.bits, module.mode
+            )  # fmt: skip
+        return Projection(module.weight, quantisation, module.get("bias"), self.scale, self.softcap)
+
+
+def find_head(model: nn.Module) -> Head | None:
+    """The head of a model, or None where it is not a linear layer or does more than scale and cap."""
+    in_blocks = {id(m) for block in model.layers for m in block.modules()}
+    candidates = []
+    for module in model.modules():
+        if id(module) in in_blocks:
+            continue
+        if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
+            candidates.append((module, "as_linear"))
+        elif isinstance(module, nn.Linear | nn.QuantizedLinear) or hasattr(module, "lora_a"):
+            candidates.append((module, "__call__"))
+            if hasattr(module, "as_linear"):
+                candidates[-1] = (module, "as_linear")
+    values = np.concatenate([[1e-3, 1.0, 1e9], np.linspace(-40, 40, 13)]).astype(np.float32)
+    answer = mx.array(np.tile(values, (1, 2, 1)))
+    with contextlib.ExitStack() as stack:
+        taps = [
+            (stack.enter_context(_tapped(module, method, Tap(answer))), module, method)
+            for module, method in candidates
+        ]
+        try:
+            out = model(mx.array([[0, 1]]))
+        except (TypeError, ValueError, IndexError):
+            return None
+    seen = [(module, method) for tap, module, method in taps if tap.hidden is not None]
+    if len(seen) != 1 or out.shape != answer.shape:
+        return None
+    y = np.asarray(out[0, -1].astype(mx.float32), np.float64)
+    scale, top = float(y[0] / values[0]), float(y[2])
+    # The test value 1e9 comes back whole from a scale, and as the cap from a soft cap.
+    softcap = None if abs(top) > 1e6 * abs(scale) else top
+    z = values.astype(np.float64) * scale
+    expected = z if softcap is None else softcap * np.tanh(z / softcap)
+    if not all(map(math.isfinite, (scale, top))) or not np.allclose(
+        y, expected, rtol=1e-3, atol=1e-4
+    ):
+        return None
+    module, method = seen[0]
+    return Head(module, method, _round(scale), None if softcap is None else _round(softcap))
+
+
+def _round(value: float) -> float:
+    """The value without the rounding noise of the measurement."""
+    return float(f"{value:.6g}")

@@ -1,0 +1,193 @@
+"""From a path or a Hub id to a model that is ready to score, train and generate."""
+
+import json
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_align import demo
+from mlx_align.demo import DEMO
+from mlx_align.errors import ModelError
+from mlx_align.model.config import normalise_config
+from mlx_align.model.heads import Head, find_head
+from mlx_align.settings import Settings, setting
+
+log = logging.getLogger("mlx_align")
+
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+# What a model folder consists of; weights in other formats on the Hub are not fetched.
+FILES = [
+    "*.json",
+    "model*.safetensors",
+    "*.py",
+    "tokenizer.model",
+    "*.tiktoken",
+    "*.txt",
+    "*.jinja",
+]
+
+
+@dataclass(frozen=True)
+class ModelSettings(Settings):
+    """Which model to start from."""
+
+    model: str = setting("demo", "Model folder or Hub id; demo is the tiny model that comes along.")
+    dtype: str = setting(
+        "auto",
+        "Type to compute in. auto: as stored on a GPU, float32 on the CPU, where half precision is slow.",
+        choices=("auto", *DTYPES),
+    )
+
+
+@dataclass(eq=False)
+class LoadedModel:
+    """A model with its tokenizer and what was found out about it.
+
+    `layout` says how packs run ("segments", "dense", "plain"; see `forward.choose_layout`), `head`
+    is None where the vocabulary head is not understood and full logits are used.
+    """
+
+    model: nn.Module
+    tokenizer: object
+    config: dict
+    path: Path
+    name: str
+    dtype: mx.Dtype
+    head: Head | None = None
+    layout: str = "plain"
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of ids the embedding knows."""
+        return int(self.config.get("vocab_size") or self.config["text_config"]["vocab_size"])
+
+    @property
+    def context_length(self) -> int | None:
+        """Longest sequence the model was made for, if its config says so."""
+        text = self.config.get("text_config") or self.config
+        return text.get("max_position_embeddings")
+
+    @property
+    def cache_entries(self) -> int:
+        """How many cache objects the model's call expects."""
+        make_cache = getattr(self.model, "make_cache", None)
+        return len(make_cache()) if make_cache else len(self.model.layers)
+
+    @property
+    def quantised(self) -> bool:
+        """Whether any weight is stored in fewer bits."""
+        kinds = nn.QuantizedLinear | nn.QuantizedEmbedding
+        return any(isinstance(m, kinds) or hasattr(m, "bits") for m in self.model.modules())
+
+
+def resolve_model(name: str) -> Path:
+    """The local folder of a model, fetched from the Hub where it is not here yet."""
+    if name == DEMO:
+        return demo.model_folder()
+    path = Path(name).expanduser()
+    if path.exists():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{name}: not a model folder (it has no config.json)")
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise ModelError(f"{name}: no such model folder (and not a Hub id like owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=FILES))
+    except RepositoryNotFoundError:
+        raise ModelError(
+            f"{name}: no such folder here, and no such model on the Hub (a private or gated model "
+            "needs: hf auth login)"
+        ) from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"{name}: no such folder here, and the Hub could not be asked: {reason}"
+        ) from None
+
+
+def load_model(name: str, dtype: str = "auto") -> LoadedModel:
+    """Load a model and its tokenizer; hooks and layout are `forward.choose_layout`'s business.
+
+    Raises `ModelError` that says what is missing or unsupported.
+    """
+    from mlx_lm.utils import load_model as load_weights
+
+    path = resolve_model(name)
+    config = _read_config(path)
+    try:
+        model, config = load_weights(path, lazy=True, model_config=config)
+    except FileNotFoundError:
+        raise ModelError(f"{path}: has no weights (model*.safetensors)") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ModelError(f"{path}: cannot be loaded: {_first_lines(error)}") from error
+    model.freeze()
+    compute = _compute_dtype(model, dtype)
+    model.set_dtype(compute)
+    mx.eval(model.parameters())
+    tokenizer = _load_tokenizer(path, config)
+    loaded = LoadedModel(model, tokenizer, config, path, name, compute)
+    loaded.head = find_head(model)
+    if loaded.head is None:
+        log.warning(
+            "%s: unknown kind of vocabulary head; full logits are used, which costs memory", name
+        )
+    return loaded
+
+
+def _read_config(path: Path) -> dict:
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{path / 'config.json'}: not valid JSON: {error}") from None
+    if "model_type" not in config:
+        raise ModelError(f"{path / 'config.json'}: has no model_type")
+    # Generation settings override the config's end tokens, as everywhere else.
+    generation = path / "generation_config.json"
+    if generation.is_file():
+        ends = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id")
+        if ends:
+            config["eos_token_id"] = ends
+    return normalise_config(config)
+
+
+def _compute_dtype(model, choice) -> mx.Dtype:
+    if choice != "auto":
+        return DTYPES[choice]
+    if mx.default_device() == mx.cpu:
+        return mx.float32
+    counts: dict = {}
+    for _, array in tree_flatten(model.parameters()):
+        if mx.issubdtype(array.dtype, mx.floating):
+            counts[array.dtype] = counts.get(array.dtype, 0) + array.size
+    return max(counts, key=counts.get)
+
+
+def _load_tokenizer(path, config):
+    from mlx_lm.utils import load_tokenizer
+
+    ends = config.get("eos_token_id")
+    if ends is None:
+        ends = (config.get("text_config") or {}).get("eos_token_id")
+    try:
+        return load_tokenizer(path, eos_token_ids=ends)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise ModelError(
+            f"{path}: its tokenizer cannot be loaded: {_first_lines(error)}"
+        ) from error
+
+
+def _first_lines(error) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:3]) or type(error).__name__
