@@ -4,6 +4,12 @@ import importlib
 
 _PUBLIC = {
     "train": "mlx_align.api",
+    "generate": "mlx_align.api",
+    "compare": "mlx_align.api",
+    "compare_answers": "mlx_align.api",
+    "export": "mlx_align.api",
+    "open_model": "mlx_align.model.open",
+    "SamplingSettings": "mlx_align.rollout.sampler",
     "METHODS": "mlx_align.losses",
     "AlignError": "mlx_align.errors",
 }

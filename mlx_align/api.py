@@ -1,10 +1,15 @@
 """What the command line calls and what a notebook calls."""
 
 import datetime
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mlx_align.errors import SettingsError
+from mlx_align import demo
+from mlx_align.data.records import Text
+from mlx_align.demo import DEMO
+from mlx_align.errors import DataError, ExportError, ModelError, SettingsError
+from mlx_align.evaluate.compare import Answers, Comparison
+from mlx_align.rollout.sampler import Completion
 from mlx_align.settings import read_file
 from mlx_align.train.config import RunSettings, setting_names
 from mlx_align.train.loop import Events, Result, resume_settings
@@ -41,10 +46,147 @@ def train(
         values = read_file(config)
         values.pop("method", None)
     values = {**_canonical(values, method), **_canonical(settings, method)}
+    if values.get("model", DEMO) == DEMO:
+        values = {**demo.SETTINGS.get(method, {}), **values}
     values |= {name: _absolute(values[name]) for name in _PATHS if values.get(name)}
     run = RunSettings.from_flat(method, values, "settings")
     folder = Path(run.train.output or _default_folder(method)).expanduser()
     return train_run(run, folder, events=events, should_stop=should_stop)
+
+
+def generate(
+    source: str | Path,
+    prompts: Sequence[Text],
+    *,
+    base: str | None = None,
+    dtype: str = "auto",
+    prompt_format: str = "auto",
+    **sampling,
+) -> list[Completion]:
+    """One completion of each prompt by a run, an adapter, or a model.
+
+    Prompts are text or lists of messages; `sampling` are the fields of `SamplingSettings`
+    (max_tokens, temperature, top_p, seed).
+    """
+    from mlx_align.model.open import open_model
+    from mlx_align.rollout.sampler import SamplingSettings, prompt_encoder, sample
+
+    loaded, _ = open_model(source, dtype, base)
+    encoder = prompt_encoder(loaded, prompt_format)
+    ids = [encoder.prompt_ids(prompt) for prompt in prompts]
+    return sample(loaded, ids, SamplingSettings(**sampling))
+
+
+def export(
+    source: str | Path,
+    to: str,
+    *,
+    output: str | Path | None = None,
+    quantize: str | None = None,
+    dtype: str | None = None,
+    name: str | None = None,
+    base: str | None = None,
+) -> Path:
+    """Merge a run's adapter into its model and write it for other programs; returns the path.
+
+    `to` is "mlx", "hf", "gguf" or "ollama"; `quantize` the GGUF type, `dtype` that of folders,
+    `name` the model's name in Ollama.
+    """
+    from mlx_align.export.folder import export_folder
+    from mlx_align.export.gguf import export_gguf
+    from mlx_align.export.ollama import export_ollama
+    from mlx_align.model.load import STORED
+    from mlx_align.model.open import open_model
+
+    if to not in ("mlx", "hf", "gguf", "ollama"):
+        raise SettingsError(f"to: {to!r} is not one of mlx, hf, gguf, ollama")
+    folder = Path(source).expanduser()
+    name = name or folder.resolve().name
+    if quantize is None:
+        quantize = "q8_0" if to == "ollama" else "f16"
+    if output is not None:
+        path = Path(output).expanduser()
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ExportError(f"{path}: exists already; choose another --output")
+    elif folder.is_dir() and (folder / "adapter_config.json").exists():
+        path = folder / "export" / (f"{name}-{quantize}.gguf" if to == "gguf" else to)
+    else:
+        raise ExportError("--output is needed to export a model that is no run")
+    loaded, _ = open_model(source, STORED, base)
+    if to == "gguf":
+        return export_gguf(loaded, path, quantise=quantize)
+    if to == "ollama":
+        return export_ollama(loaded, path, quantise=quantize, name=name)
+    return export_folder(loaded, path, flavour=to, dtype=dtype)
+
+
+def compare(source: str | Path, *, base: str | None = None) -> Comparison:
+    """What alignment changed: shares of refusals and right answers before and after, and examples.
+
+    Measured on the sets that come with the package; the held-out accuracy is the run's own.
+    """
+    from mlx_align.evaluate.answers import demo_sets
+    from mlx_align.evaluate.compare import Change, measure_changes
+    from mlx_align.rollout.sampler import SamplingSettings
+    from mlx_align.train.runlog import read_run
+
+    requests, questions = demo_sets()
+    prompts = [case.prompt for case in (*requests, *questions)]
+    before, after = _both(source, prompts, base, SamplingSettings(max_tokens=64))
+    changes = measure_changes(before, after, requests, questions)
+    if (Path(source) / "run.json").exists():
+        record = read_run(Path(source))
+        held_out = [record.get(when) or {} for when in ("before", "after")]
+        if all("logps/accuracies" in metrics for metrics in held_out):
+            shares = [metrics["logps/accuracies"] for metrics in held_out]
+            what = "prefers the chosen completion (held out)"
+            changes.insert(0, Change(what, *shares, record["valid_examples"], "higher"))
+    harmful = [i for i, r in enumerate(requests) if r.harmful][:1]
+    harmless = [i for i, r in enumerate(requests) if not r.harmful][:1]
+    shown = [*harmful, *harmless, *([len(requests)] if questions else [])]
+    examples = [Answers(prompts[i], before[i], after[i]) for i in shown]
+    return Comparison(changes, examples)
+
+
+def compare_answers(
+    source: str | Path, prompts: Sequence[Text], *, base: str | None = None, **sampling
+) -> list[Answers]:
+    """What the base and the aligned model say to each prompt."""
+    from mlx_align.rollout.sampler import SamplingSettings
+
+    before, after = _both(source, prompts, base, SamplingSettings(**sampling))
+    return [Answers(*row) for row in zip(prompts, before, after, strict=True)]
+
+
+def _both(source, prompts, base, settings) -> tuple[list[str], list[str]]:
+    from mlx_align.evaluate.compare import both_answers
+    from mlx_align.model.load import load_model
+    from mlx_align.model.open import open_model
+
+    loaded, adapter = open_model(source, base=base)
+    if adapter is None:
+        raise ModelError(f"{source}: has no adapter, so there is nothing to compare it with")
+    other = load_model(loaded.name) if adapter.kind == "full" else None
+    return both_answers(loaded, adapter, other, prompts, settings)
+
+
+def prompts_from_file(path: Path) -> list[Text]:
+    """The prompts in a .txt file (one a line) or in rows with a "prompt" or "messages"."""
+    from mlx_align.data.jsonl import read_rows
+
+    if path.suffix == ".txt":
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+        return [line for line in lines if line.strip()]
+    prompts = []
+    for origin, row in read_rows(path):
+        prompt = row if isinstance(row, str) else row.get("prompt") or row.get("messages")
+        if not prompt:
+            raise DataError(f'{origin}: has no "prompt" and no "messages"')
+        prompts.append(prompt if isinstance(prompt, str) else tuple(prompt))
+    return prompts
 
 
 def _canonical(values: dict, method: str) -> dict:

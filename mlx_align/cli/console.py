@@ -73,7 +73,7 @@ class Console(Events):
         parts = [f"held out at step {row['step']}:", f"loss {row['loss']:.4f}"]
         if row["step"] == 0 and "logps/accuracies" in row:
             # The policy still is the reference, so its rewards are all zero and say nothing.
-            parts.append(f"chosen likelier per token {row['logps/accuracies']:.2f}")
+            parts.append(f"chosen is likelier {row['logps/accuracies']:.2f}")
         else:
             parts += [f"{name} {row[key]:.2f}" for key, name in SHOWN.items() if key in row]
         self.say("  ".join(parts))

@@ -1,2 +1,62 @@
-def commands():
-    return []
+"""The command that takes a model elsewhere."""
+
+import click
+
+from mlx_align.cli.console import open_console
+from mlx_align.cli.options import SettingOption, SettingsCommand
+
+TARGETS = ("mlx", "hf", "gguf", "ollama")
+
+
+def commands() -> list[click.Command]:
+    """The commands of this file."""
+    return [_export()]
+
+
+def _export() -> click.Command:
+    def run(**values):
+        from mlx_align import api
+
+        open_console()
+        path = api.export(
+            values["source"],
+            values["to"],
+            output=values["output"],
+            quantize=values["quantize"],
+            dtype=values["dtype"],
+            name=values["name"],
+            base=values["model"],
+        )
+        click.echo(f"written: {path}")
+
+    def option(*flags, **kwargs):
+        return SettingOption(flags, heading="Options", **kwargs)
+
+    return SettingsCommand(
+        "export",
+        callback=run,
+        params=[
+            click.Argument(["source"], metavar="RUN_OR_MODEL"),
+            option(
+                "--to",
+                type=click.Choice(TARGETS),
+                required=True,
+                help="mlx: folder for mlx-lm and LM Studio; hf: folder for transformers; gguf: file for "
+                "llama.cpp; ollama: GGUF and Modelfile, and `ollama create` where Ollama is installed.",
+            ),
+            option("--output", help="Where to write. Default: in the run folder, under export/."),
+            option(
+                "--quantize",
+                type=click.Choice(["f32", "f16", "bf16", "q8_0"]),
+                help="Type of the weights in GGUF. Default: f16 for gguf, q8_0 for ollama.",
+            ),
+            option(
+                "--dtype",
+                type=click.Choice(["float32", "float16", "bfloat16"]),
+                help="Type of the weights in mlx and hf folders. Default: as the base stores them.",
+            ),
+            option("--name", help="Name of the model in Ollama. Default: the run folder's name."),
+            option("--model", help="Base model of an adapter that does not name it."),
+        ],
+        help="Merge the adapter into the model and write it for other programs.",
+    )

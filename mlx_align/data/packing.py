@@ -172,5 +172,5 @@ def split_into_packs(
     balanced: list[list[Example]] = [[] for _ in first_fit]
     for example in order:
         min(balanced, key=size).append(example)
-    fits = all(balanced) and max(map(size, balanced)) <= max(pack_length, order[0].packed_length)
-    return balanced if fits else first_fit
+    fullest = max(map(size, balanced), default=0)
+    return balanced if fullest <= max(map(size, first_fit), default=0) else first_fit

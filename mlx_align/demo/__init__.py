@@ -8,6 +8,9 @@ from pathlib import Path
 DEMO = "demo"
 _HERE = Path(__file__).parent
 
+# A model this small wants larger steps than the ones it stands for.
+SETTINGS = {"sft": {"learning_rate": 1e-3}, "dpo": {"learning_rate": 5e-4}}
+
 
 def model_folder() -> Path:
     """The demo model, a Hugging Face folder."""
@@ -17,3 +20,8 @@ def model_folder() -> Path:
 def data_folder(kind: str) -> Path:
     """Training and held-out data of a kind: "pairs" or "completions"."""
     return _HERE / "data" / kind
+
+
+def evaluation_folder() -> Path:
+    """Requests (harmful or not) and questions to measure a model of the demo's world by."""
+    return _HERE / "data" / "evaluation"

@@ -13,11 +13,14 @@ from mlx_align.settings import setting
 
 
 def preference_metrics(pairs: Pairs, beta: float) -> dict:
-    """TRL's metrics of pairs; rewards are beta * (log pi - log pi_ref), always of the plain sums."""
+    """TRL's metrics of pairs; rewards are beta * (log pi - log pi_ref), always of the plain sums.
+
+    One is ours: `logps/accuracies`, the share of pairs whose chosen completion is the likelier one,
+    which says something even of the untrained model, whose rewards are all zero.
+    """
     chosen = mx.stop_gradient(beta * (pairs.chosen - pairs.ref_chosen))
     rejected = mx.stop_gradient(beta * (pairs.rejected - pairs.ref_rejected))
-    per_token_chosen = mx.stop_gradient(pairs.chosen / pairs.chosen_length)
-    per_token_rejected = mx.stop_gradient(pairs.rejected / pairs.rejected_length)
+    likelier = mx.stop_gradient(pairs.chosen) > mx.stop_gradient(pairs.rejected)
     return {
         "rewards/chosen": mean_of(chosen),
         "rewards/rejected": mean_of(rejected),
@@ -25,7 +28,7 @@ def preference_metrics(pairs: Pairs, beta: float) -> dict:
         "rewards/accuracies": mean_of((chosen > rejected).astype(mx.float32)),
         "logps/chosen": mean_of(mx.stop_gradient(pairs.chosen)),
         "logps/rejected": mean_of(mx.stop_gradient(pairs.rejected)),
-        "logps/accuracies": mean_of((per_token_chosen > per_token_rejected).astype(mx.float32)),
+        "logps/accuracies": mean_of(likelier.astype(mx.float32)),
     }
 
 

@@ -11,6 +11,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_align import demo
+from mlx_align.data.template import ChatTemplate, end_of_turn, find_template
 from mlx_align.demo import DEMO
 from mlx_align.errors import ModelError
 from mlx_align.model.config import normalise_config
@@ -19,6 +20,7 @@ from mlx_align.settings import Settings, setting
 
 log = logging.getLogger("mlx_align")
 
+STORED = "stored"
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 # What a model folder consists of; weights in other formats on the Hub are not fetched.
 FILES = [
@@ -48,8 +50,10 @@ class ModelSettings(Settings):
 class LoadedModel:
     """A model with its tokenizer and what was found out about it.
 
-    `layout` says how packs run ("segments", "dense", "plain"; see `forward.choose_layout`), `head`
-    is None where the vocabulary head is not understood and full logits are used.
+    `template` is its chat template or None. `layout` says how packs run ("segments", "dense",
+    "plain"; see `forward.choose_layout`), `head` is None where the vocabulary head is not understood
+    and full logits are used. Generation ends at `tokenizer.eos_token_ids`: the tokenizer's, the
+    config's, and the id that ends a turn in the template.
     """
 
     model: nn.Module
@@ -58,6 +62,7 @@ class LoadedModel:
     path: Path
     name: str
     dtype: mx.Dtype
+    template: ChatTemplate | None = None
     head: Head | None = None
     layout: str = "plain"
 
@@ -117,10 +122,14 @@ def resolve_model(name: str) -> Path:
         ) from None
 
 
-def load_model(name: str, dtype: str = "auto") -> LoadedModel:
+def load_model(
+    name: str, dtype: str = "auto", chat_template: str | None = None, date: str | None = None
+) -> LoadedModel:
     """Load a model and its tokenizer; hooks and layout are `forward.choose_layout`'s business.
 
-    Raises `ModelError` that says what is missing or unsupported.
+    `dtype` is one of `DTYPES`, "auto", or `STORED` to leave the weights as they are. `chat_template`
+    takes the place of the tokenizer's own ("chatml" or a file), `date` is what the template takes
+    for today. Raises `ModelError` that says what is missing or unsupported.
     """
     from mlx_lm.utils import load_model as load_weights
 
@@ -134,10 +143,15 @@ def load_model(name: str, dtype: str = "auto") -> LoadedModel:
         raise ModelError(f"{path}: cannot be loaded: {_first_lines(error)}") from error
     model.freeze()
     compute = _compute_dtype(model, dtype)
-    model.set_dtype(compute)
+    if dtype != STORED:
+        model.set_dtype(compute)
     mx.eval(model.parameters())
     tokenizer = _load_tokenizer(path, config)
-    loaded = LoadedModel(model, tokenizer, config, path, name, compute)
+    template = find_template(tokenizer, chat_template, date)
+    if template is not None:
+        turn, _ = end_of_turn(tokenizer, template)
+        tokenizer.eos_token_ids = {*tokenizer.eos_token_ids, turn} - {None}
+    loaded = LoadedModel(model, tokenizer, config, path, name, compute, template)
     loaded.head = find_head(model)
     if loaded.head is None:
         log.warning(
@@ -163,15 +177,15 @@ def _read_config(path: Path) -> dict:
 
 
 def _compute_dtype(model, choice) -> mx.Dtype:
-    if choice != "auto":
+    if choice in DTYPES:
         return DTYPES[choice]
-    if mx.default_device() == mx.cpu:
+    if choice == "auto" and mx.default_device() == mx.cpu:
         return mx.float32
-    counts: dict = {}
+    sizes: dict = {}
     for _, array in tree_flatten(model.parameters()):
         if mx.issubdtype(array.dtype, mx.floating):
-            counts[array.dtype] = counts.get(array.dtype, 0) + array.size
-    return max(counts, key=counts.get)
+            sizes[array.dtype] = sizes.get(array.dtype, 0) + array.size
+    return max(sizes, key=sizes.get)
 
 
 def _load_tokenizer(path, config):

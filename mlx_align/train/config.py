@@ -51,7 +51,7 @@ class TrainSettings(Settings):
     eval_every: int | None = setting(
         None,
         "Steps between evaluations on held-out data; 0 for none but the first and last. "
-        "Default: a tenth of the run.",
+        "Default: a quarter of the run.",
         minimum=0,
         aliases=("steps_per_eval",),
     )

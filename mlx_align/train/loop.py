@@ -11,20 +11,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_align.data.dataset import Dataset, load_dataset
+from mlx_align.data.dataset import Dataset, DataSettings, load_dataset
 from mlx_align.data.packing import Batch
 from mlx_align.data.stream import Stream
-from mlx_align.data.template import Encoder, Example, find_template
+from mlx_align.data.template import Encoder, Example
 from mlx_align.errors import RunError, StaleReferenceError
+from mlx_align.files import write_atomically
 from mlx_align.model.adapter import Adapter, wear_adapter
 from mlx_align.model.forward import choose_layout, make_batches
 from mlx_align.model.load import LoadedModel, load_model
+from mlx_align.model.open import TEMPLATE
 from mlx_align.model.recompute import checkpoint_blocks
 from mlx_align.train.checkpoint import Checkpoints, Progress
 from mlx_align.train.config import RunSettings
@@ -114,7 +116,12 @@ def train(
 
 
 def _prepare(settings: RunSettings, folder: Path, record: dict, events: Events) -> _Run:
-    loaded = load_model(settings.model.model, settings.model.dtype)
+    loaded = load_model(
+        settings.model.model,
+        settings.model.dtype,
+        settings.data.chat_template,
+        record.get("template_date"),
+    )
     choose_layout(loaded)
     if loaded.layout == "plain":
         log.warning(
@@ -122,14 +129,11 @@ def _prepare(settings: RunSettings, folder: Path, record: dict, events: Events) 
             "runs with its own copy of the prompt; slower, the results are the same"
         )
     _use_memory_well()
-    template = find_template(
-        loaded.tokenizer, settings.data.chat_template, record.get("template_date")
-    )
-    dataset = _read_data(settings, loaded, template)
+    dataset = _read_data(settings, loaded)
     facts = {
         "model_fingerprint": model_fingerprint(loaded),
         "data_fingerprint": dataset.fingerprint,
-        "template_date": template.date if template else None,
+        "template_date": loaded.template.date if loaded.template else None,
     }
     for name, value in facts.items():
         if record.get(name, value) != value:
@@ -174,26 +178,31 @@ def _prepare(settings: RunSettings, folder: Path, record: dict, events: Events) 
         )
     if settings.train.grad_checkpoint:
         checkpoint_blocks(loaded.model)
-    extra = {"model": settings.model.model, "method": settings.method.name}
-    checkpoints = Checkpoints(folder, settings.adapter, extra, settings.train.keep_checkpoints)
+    if settings.data.chat_template:
+        write_atomically(folder / TEMPLATE, loaded.template.source)
+    checkpoints = Checkpoints(
+        folder, settings.adapter, _adapter_extra(settings), settings.train.keep_checkpoints
+    )
     return _Run(
         settings, folder, loaded, adapter, dataset, reference, checkpoints, Metrics(folder), events
     )
 
 
-def _read_data(settings: RunSettings, loaded: LoadedModel, template) -> Dataset:
+def _adapter_extra(settings: RunSettings) -> dict:
+    """What the adapter's config says besides mlx-lm's keys: where to put it on, how it was made."""
+    return {"model": settings.model.model, "method": settings.method.name}
+
+
+def _read_data(settings: RunSettings, loaded: LoadedModel) -> Dataset:
     max_length = settings.data.max_length
     if loaded.context_length and max_length > loaded.context_length:
         max_length = loaded.context_length
-        log.warning(
-            "--max-length %d is more than the model's context; %d is used",
-            settings.data.max_length,
-            max_length,
-        )
+        if settings.data != replace(settings.data, max_length=DataSettings().max_length):
+            log.warning("--max-length is more than the model's context; %d is used", max_length)
     encoder = Encoder(
         loaded.tokenizer,
         max_length=max_length,
-        template=template,
+        template=loaded.template,
         prompt_format=settings.data.prompt_format,
         thinking=settings.data.thinking,
     )
@@ -213,7 +222,7 @@ def _loop(run: _Run, record: dict, should_stop) -> Result:
     settings = run.settings.train
     stream = Stream(run.dataset.train, settings.batch_size, settings.seed)
     total = settings.steps or math.ceil(settings.epochs * stream.steps_per_epoch)
-    eval_every = max(1, total // 10) if settings.eval_every is None else settings.eval_every
+    eval_every = max(1, total // 4) if settings.eval_every is None else settings.eval_every
     optimizer = Optimizer(settings.weight_decay, settings.max_grad_norm)
     progress = run.checkpoints.load_latest(run.adapter, optimizer)
     run.metrics.cut_after(progress.step)
@@ -262,7 +271,7 @@ def _loop(run: _Run, record: dict, should_stop) -> Result:
             break
 
     finished = progress.step == total
-    run.adapter.save(run.folder, run.settings.adapter, {"model": run.settings.model.model})
+    run.adapter.save(run.folder, run.settings.adapter, _adapter_extra(run.settings))
     record |= {"finished": finished, "progress": asdict(progress)}
     if finished:
         record["after"] = after

@@ -1,0 +1,133 @@
+"""Fused model folders, for mlx-lm and for Hugging Face transformers.
+
+For the supported types both name weights alike, so the two differ only in what the files say of
+themselves. The tokenizer's files are copied as they are.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_align.errors import ExportError
+from mlx_align.export.fuse import check_exportable, fused_tensors
+from mlx_align.files import replace_folder, write_json
+from mlx_align.model.config import normalise_config
+from mlx_align.model.load import DTYPES, LoadedModel
+
+# Types whose weights have the same names and values in MLX and in transformers.
+SAME_NAMES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model",
+    "added_tokens.json", "vocab.json", "merges.txt", "*.tiktoken", "chat_template.jinja",
+)  # fmt: skip
+SHARD_BYTES = 5 * 2**30
+
+
+def export_folder(loaded: LoadedModel, output: Path, *, flavour: str, dtype: str | None) -> Path:
+    """Write the model with its adapter merged in as a folder; `flavour` is "mlx" or "hf".
+
+    `dtype` names the type of the weights; by default the one they are stored in.
+    """
+    if flavour == "hf":
+        check_exportable(loaded, SAME_NAMES, "a Hugging Face folder")
+    kind = DTYPES[dtype] if dtype else loaded.dtype
+    temporary = output.with_name(f".{output.name}.tmp")
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
+    try:
+        _write_weights(loaded, temporary, kind, "pt" if flavour == "hf" else "mlx")
+        write_json(temporary / "config.json", fused_config(loaded, kind))
+        write_json(temporary / "generation_config.json", generation_config(loaded))
+        copy_tokenizer(loaded, temporary)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise ExportError(f"{output}: cannot be written: {error.strerror or error}") from None
+    replace_folder(temporary, output)
+    return output
+
+
+def _write_weights(loaded, folder, dtype, format_name):
+    """Shards of at most 5 GB, written as they fill; one file has no number in its name."""
+    shards, shard, size = [], {}, 0
+
+    def flush():
+        nonlocal shard, size
+        if shard:
+            name = f"shard-{len(shards)}.safetensors"
+            mx.save_safetensors(str(folder / name), shard, {"format": format_name})
+            shards.append((name, list(shard), size))
+            shard, size = {}, 0
+
+    for name, array in fused_tensors(loaded.model):
+        if mx.issubdtype(array.dtype, mx.floating):
+            array = array.astype(dtype)
+        mx.eval(array)
+        if size + array.nbytes > SHARD_BYTES:
+            flush()
+        shard[name] = array
+        size += array.nbytes
+    flush()
+    if len(shards) == 1:
+        (folder / shards[0][0]).rename(folder / "model.safetensors")
+        return
+    weight_map = {}
+    for i, (name, keys, _) in enumerate(shards, 1):
+        final = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        (folder / name).rename(folder / final)
+        weight_map |= dict.fromkeys(keys, final)
+    total = sum(size for _, _, size in shards)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(folder / "model.safetensors.index.json", index)
+
+
+def fused_config(loaded: LoadedModel, dtype: mx.Dtype) -> dict:
+    """The config of the fused model: not quantised, in old and new spelling."""
+    config = normalise_config(loaded.config)
+    for key in ("quantization", "quantization_config", "_name_or_path"):
+        config.pop(key, None)
+    name = str(dtype).removeprefix("mlx.core.")
+    kind = config["model_type"]
+    if kind in SAME_NAMES:
+        config.setdefault("architectures", [f"{SAME_NAMES[kind]}ForCausalLM"])
+    return {**config, "torch_dtype": name, "dtype": name}
+
+
+def generation_config(loaded: LoadedModel) -> dict:
+    """The base's generation settings, ending at every id that the model was trained to end with."""
+    path = loaded.path / "generation_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    ends = end_ids(loaded)
+    if ends:
+        config["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    for key in ("bos_token_id", "pad_token_id"):
+        if key not in config and loaded.config.get(key) is not None:
+            config[key] = loaded.config[key]
+    return config
+
+
+def end_ids(loaded: LoadedModel) -> list[int]:
+    """The ids that end a completion, the tokenizer's own first."""
+    ends = sorted(loaded.tokenizer.eos_token_ids)
+    own = loaded.tokenizer.eos_token_id
+    return [own, *(e for e in ends if e != own)] if own in ends else ends
+
+
+def copy_tokenizer(loaded: LoadedModel, folder: Path) -> None:
+    """The tokenizer's files, with the chat template both where new and where old readers look."""
+    for pattern in TOKENIZER_FILES:
+        for file in loaded.path.glob(pattern):
+            shutil.copyfile(file, folder / file.name)
+    if not (folder / "tokenizer.json").exists():
+        backend = getattr(loaded.tokenizer, "backend_tokenizer", None)
+        if backend is not None:
+            backend.save(str(folder / "tokenizer.json"))
+    source = loaded.template.source if loaded.template is not None else None
+    if source:
+        (folder / "chat_template.jinja").write_text(source, encoding="utf-8")
+        path = folder / "tokenizer_config.json"
+        if path.exists():
+            config = json.loads(path.read_text(encoding="utf-8"))
+            write_json(path, {**config, "chat_template": source})

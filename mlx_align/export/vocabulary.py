@@ -1,0 +1,232 @@
+"""A tokenizer as the `tokenizer.ggml.*` keys of a GGUF file.
+
+Two kinds: byte-level BPE ("gpt2" in GGUF), whose way of cutting text into words must be one that
+llama.cpp knows by name, and SentencePiece-like BPE with byte fallback ("llama").
+"""
+
+import json
+import re
+from dataclasses import dataclass, field
+
+from gguf import GGUFWriter, TokenType
+
+from mlx_align.data.template import end_of_turn
+from mlx_align.errors import ExportError
+from mlx_align.export.folder import end_ids
+from mlx_align.model.load import LoadedModel
+
+_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_REST = "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+_LLAMA3 = _CONTRACTIONS + "|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}" + _REST
+_QWEN2 = _CONTRACTIONS + "|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}" + _REST
+
+# How tokenizer.json cuts text (each step in short), and whether merges are skipped for whole words
+# -> llama.cpp's name for that.
+PRE_TOKENIZERS = {
+    (("bytes regex",), False): "gpt-2",
+    (("digits single", "bytes regex"), False): "smollm",
+    ((f"split {_LLAMA3}", "bytes"), True): "llama-bpe",
+    ((f"split {_LLAMA3}", "bytes"), False): "dbrx",
+    ((f"split {_QWEN2}", "bytes"), False): "qwen2",
+}
+
+
+@dataclass
+class Vocabulary:
+    """What GGUF wants to know of a tokenizer."""
+
+    model: str
+    pre: str
+    tokens: list[str] = field(default_factory=list)
+    types: list[int] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    merges: list[str] = field(default_factory=list)
+    special: dict[str, int] = field(default_factory=dict)
+    add_bos: bool = False
+    add_eos: bool = False
+    add_space_prefix: bool = False
+    chat_template: str | None = None
+
+
+def read_vocabulary(loaded: LoadedModel) -> Vocabulary:
+    """The vocabulary of a loaded model. Raises `ExportError` where llama.cpp has no counterpart."""
+    backend = getattr(loaded.tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ExportError(
+            f"{loaded.name}: its tokenizer has no tokenizer.json form, which GGUF needs"
+        )
+    tokenizer = json.loads(backend.to_str())
+    model = tokenizer["model"]
+    if model.get("type", "BPE") != "BPE":
+        raise ExportError(
+            f"{loaded.name}: tokenizers of type {model['type']} cannot be written as GGUF"
+        )
+    if model.get("byte_fallback"):
+        vocabulary = _sentencepiece(loaded, tokenizer)
+    else:
+        vocabulary = _byte_level(loaded, tokenizer)
+    _add_special_ids(loaded, vocabulary)
+    vocabulary.add_bos, vocabulary.add_eos = _added_by_itself(tokenizer)
+    vocabulary.chat_template = loaded.template.source if loaded.template is not None else None
+    return vocabulary
+
+
+def write_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
+    """Add the keys to a file."""
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list([t.encode("utf-8") for t in vocabulary.tokens])
+    writer.add_token_types(vocabulary.types)
+    if vocabulary.model == "llama":
+        writer.add_token_scores(vocabulary.scores)
+        writer.add_add_space_prefix(vocabulary.add_space_prefix)
+    else:
+        writer.add_token_merges(vocabulary.merges)
+    for name, token in vocabulary.special.items():
+        getattr(writer, f"add_{name}_token_id")(token)
+    # Always said: llama.cpp's own default differs from one kind of tokenizer to the next.
+    writer.add_add_bos_token(vocabulary.add_bos)
+    writer.add_add_eos_token(vocabulary.add_eos)
+    if vocabulary.chat_template:
+        writer.add_chat_template(vocabulary.chat_template)
+
+
+def _byte_level(loaded, tokenizer) -> Vocabulary:
+    vocabulary = Vocabulary("gpt2", pre_tokenizer_name(tokenizer, loaded.name))
+    merges = tokenizer["model"]["merges"]
+    pairs = [m.split(" ", 1) if isinstance(m, str) else m for m in merges]
+    vocabulary.merges = [" ".join(part.replace(" ", "Ġ") for part in pair) for pair in pairs]
+    _add_tokens(vocabulary, loaded, tokenizer, lambda token, _: (TokenType.NORMAL, 0.0))
+    return vocabulary
+
+
+def _sentencepiece(loaded, tokenizer) -> Vocabulary:
+    model = tokenizer["model"]
+    scores = _scores(loaded, model)
+
+    def kind(token, index):
+        if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+            return TokenType.BYTE, 0.0
+        if token == model.get("unk_token"):
+            return TokenType.UNKNOWN, 0.0
+        return TokenType.NORMAL, scores.get(index, -1000.0)
+
+    vocabulary = Vocabulary("llama", "default")
+    _add_tokens(vocabulary, loaded, tokenizer, kind)
+    normalizer = tokenizer.get("normalizer") or {}
+    steps = normalizer.get("normalizers", [normalizer])
+    before = tokenizer.get("pre_tokenizer") or {}
+    vocabulary.add_space_prefix = any(s.get("type") == "Prepend" for s in steps) or (
+        before.get("type") == "Metaspace" and before.get("prepend_scheme") != "never"
+    )
+    return vocabulary
+
+
+def _scores(loaded, model) -> dict[int, float]:
+    """The pieces' scores: SentencePiece's own, or ones that give the order of the merges."""
+    path = loaded.path / "tokenizer.model"
+    if path.is_file():
+        import sentencepiece
+
+        processor = sentencepiece.SentencePieceProcessor()
+        processor.LoadFromFile(str(path))
+        return {i: processor.GetScore(i) for i in range(processor.vocab_size())}
+    rank: dict[str, int] = {}
+    for order, merge in enumerate(model["merges"]):
+        left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
+        rank.setdefault(left + right, order)
+    return {
+        i: -float(rank[token]) if token in rank else (-1e6 if len(token) == 1 else 0.0)
+        for token, i in model["vocab"].items()
+    }
+
+
+def _add_tokens(vocabulary, loaded, tokenizer, kind) -> None:
+    """Every id from 0 to the embedding's last; ids without a token get a name of their own."""
+    by_id = {i: token for token, i in tokenizer["model"]["vocab"].items()}
+    added = {a["id"]: a for a in tokenizer["added_tokens"]}
+    unknown = tokenizer["model"].get("unk_token")
+    seen = set()
+    for i in range(loaded.vocabulary):
+        if i in added:
+            token = added[i]["content"]
+            special = added[i]["special"] or _looks_special(token)
+            token_type = TokenType.CONTROL if special else TokenType.USER_DEFINED
+            if vocabulary.model == "llama" and token == unknown:
+                token_type = TokenType.UNKNOWN
+            elif not special:
+                token = token.replace("▁", " ")
+            score = -1000.0
+        elif i in by_id:
+            token = by_id[i]
+            token_type, score = kind(token, i)
+        else:
+            token, token_type, score = f"[PAD{i}]", TokenType.UNUSED, -10000.0
+        # llama.cpp refuses to load a file that names two ids alike.
+        if token in seen:
+            token, token_type = f"[PAD{i}]", TokenType.UNUSED
+        seen.add(token)
+        vocabulary.tokens.append(token)
+        vocabulary.types.append(int(token_type))
+        vocabulary.scores.append(score)
+
+
+def _looks_special(token: str) -> bool:
+    return token in ("<pad>", "<mask>") or (token.startswith("<|") and token.endswith("|>"))
+
+
+def pre_tokenizer_name(tokenizer: dict, model_name: str) -> str:
+    """llama.cpp's name for how a byte-level tokenizer cuts text.
+
+    Raises `ExportError` that shows the way where there is no such name: a wrong one gives wrong ids
+    without any message.
+    """
+    before = tokenizer.get("pre_tokenizer") or {}
+    steps = before["pretokenizers"] if before.get("type") == "Sequence" else [before]
+    described = []
+    for step in steps:
+        kind = step.get("type")
+        if kind == "Split":
+            pattern = step["pattern"]
+            described.append(f"split {pattern.get('Regex', pattern.get('String'))}")
+        elif kind == "ByteLevel":
+            described.append("bytes regex" if step.get("use_regex", True) else "bytes")
+        elif kind == "Digits":
+            described.append("digits single" if step["individual_digits"] else "digits")
+        else:
+            described.append(str(kind))
+    key = (tuple(described), bool(tokenizer["model"].get("ignore_merges")))
+    if key not in PRE_TOKENIZERS:
+        raise ExportError(
+            f"{model_name}: llama.cpp's name for this tokenizer's way of cutting text is not known, "
+            f"and a wrong one would give wrong tokens. Its steps: {'; '.join(described)}; "
+            f"ignore_merges: {key[1]}"
+        )
+    return PRE_TOKENIZERS[key]
+
+
+def _added_by_itself(tokenizer) -> tuple[bool, bool]:
+    """Whether the tokenizer puts a BOS before, and an EOS behind, every text."""
+    processor = tokenizer.get("post_processor") or {}
+    for step in processor.get("processors", [processor]):
+        if step.get("type") == "TemplateProcessing":
+            pieces = step["single"]
+            return "SpecialToken" in pieces[0], "SpecialToken" in pieces[-1]
+    return False, False
+
+
+def _add_special_ids(loaded, vocabulary) -> None:
+    """BOS, EOS and so on, with up to three ids that end a completion."""
+    tokenizer = loaded.tokenizer
+    bos = getattr(tokenizer, "bos_token_id", None)
+    bos = loaded.config.get("bos_token_id") if bos is None else bos
+    ends = end_ids(loaded)
+    turn = end_of_turn(tokenizer, loaded.template)[0] if loaded.template is not None else None
+    if turn in ends[2:]:
+        # Of the many ends the one that the template writes must be among those that are kept.
+        ends = [ends[0], turn, *(e for e in ends[1:] if e != turn)]
+    special = dict(zip(("eos", "eot", "eom"), ends, strict=False))
+    special |= {"bos": bos, "unk": getattr(tokenizer, "unk_token_id", None)}
+    special["pad"] = getattr(tokenizer, "pad_token_id", None)
+    size = loaded.vocabulary
+    vocabulary.special = {k: v for k, v in special.items() if isinstance(v, int) and 0 <= v < size}

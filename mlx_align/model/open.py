@@ -1,0 +1,49 @@
+"""Opening what a user names: a run folder, an adapter folder, a model folder, or a Hub id."""
+
+import logging
+from pathlib import Path
+
+from mlx_align.errors import ModelError
+from mlx_align.model.adapter import CONFIG, WEIGHTS, Adapter, load_adapter, read_adapter_config
+from mlx_align.model.load import LoadedModel, load_model
+
+log = logging.getLogger("mlx_align")
+
+# A chat template that stands in for the tokenizer's, in a run folder.
+TEMPLATE = "chat_template.jinja"
+
+
+def open_model(
+    source: str | Path, dtype: str = "auto", base: str | None = None
+) -> tuple[LoadedModel, Adapter | None]:
+    """The model that `source` names, wearing its adapter where it is a run or an adapter.
+
+    `base` names the base model where the adapter's config does not. Of an unfinished run the newest
+    checkpoint is taken.
+    """
+    folder = find_adapter(source)
+    if folder is None:
+        return load_model(str(source), dtype), None
+    base = base or read_adapter_config(folder).get("model")
+    if not base:
+        raise ModelError(
+            f"{folder}: its {CONFIG} does not name the base model; give it with --model"
+        )
+    own = [parent / TEMPLATE for parent in (folder, folder.parent.parent)]
+    template = next((str(file) for file in own if file.is_file()), None)
+    loaded = load_model(base, dtype, template)
+    return loaded, load_adapter(loaded.model, folder)
+
+
+def find_adapter(source: str | Path) -> Path | None:
+    """The adapter folder that a run or adapter folder stands for; None for anything else."""
+    folder = Path(source).expanduser()
+    if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
+        return folder
+    if not (folder / "run.json").is_file():
+        return None
+    checkpoints = sorted((folder / "checkpoints").glob("step-*"))
+    if not checkpoints:
+        raise ModelError(f"{folder}: this run has no checkpoint yet; go on with it by --resume")
+    log.warning("%s is not finished; its checkpoint %s is used", folder, checkpoints[-1].name)
+    return checkpoints[-1]
