@@ -14,6 +14,7 @@ from mlx_align.settings import read_file
 from mlx_align.train.config import RunSettings, setting_names
 from mlx_align.train.loop import Events, Result, resume_settings
 from mlx_align.train.loop import train as train_run
+from mlx_align.train.runlog import RUN, read_run
 
 # Settings that name something on disk or on the Hub.
 _PATHS = ("model", "data", "valid_data", "chat_template")
@@ -41,11 +42,7 @@ def train(
         if run.method.name != method:
             raise SettingsError(f"{folder}: is a run of {run.method.name}, not of {method}")
         return train_run(run, folder, resume=True, events=events, should_stop=should_stop)
-    values = {}
-    if config is not None:
-        values = read_file(config)
-        values.pop("method", None)
-    values = {**_canonical(values, method), **_canonical(settings, method)}
+    values = {**_read_config(config, method), **_canonical(settings, method)}
     if values.get("model", DEMO) == DEMO:
         values = {**demo.SETTINGS.get(method, {}), **values}
     values |= {name: _absolute(values[name]) for name in _PATHS if values.get(name)}
@@ -128,7 +125,6 @@ def compare(source: str | Path, *, base: str | None = None) -> Comparison:
     from mlx_align.evaluate.answers import demo_sets
     from mlx_align.evaluate.compare import Change, measure_changes
     from mlx_align.rollout.sampler import SamplingSettings
-    from mlx_align.train.runlog import read_run
 
     requests, questions = demo_sets()
     prompts = [case.prompt for case in (*requests, *questions)]
@@ -187,6 +183,22 @@ def prompts_from_file(path: Path) -> list[Text]:
             raise DataError(f'{origin}: has no "prompt" and no "messages"')
         prompts.append(prompt if isinstance(prompt, str) else tuple(prompt))
     return prompts
+
+
+def _read_config(config: str | Path | None, method: str) -> dict:
+    """The settings of a file, checked by themselves so that errors name the file."""
+    if config is None:
+        return {}
+    values = read_file(config)
+    made_for = values.pop("method", method)
+    if made_for != method:
+        raise SettingsError(f"{config}: is a run of {made_for}, not of {method}")
+    RunSettings.from_flat(method, values, str(config))
+    values = _canonical(values, method)
+    if Path(config).name == RUN:
+        # A repeated run gets a folder of its own.
+        values.pop("output", None)
+    return values
 
 
 def _canonical(values: dict, method: str) -> dict:

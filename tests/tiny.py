@@ -228,3 +228,46 @@ def make_model(
     )
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def make_sentencepiece(folder: Path, model_file: Path, *, keep_model: bool) -> None:
+    """Write a tokenizer.json like Llama 2's from a SentencePiece model: merges in order of scores."""
+    import sentencepiece
+    from tokenizers import normalizers
+
+    processor = sentencepiece.SentencePieceProcessor()
+    processor.LoadFromFile(str(model_file))
+    pieces = {processor.IdToPiece(i): i for i in range(processor.vocab_size())}
+    merges = []
+    for piece, i in pieces.items():
+        if processor.IsControl(i) or processor.IsUnknown(i) or processor.IsByte(i):
+            continue
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in pieces and right in pieces:
+                merges.append((-processor.GetScore(i), pieces[left], pieces[right], left, right))
+    merges = [(left, right) for _, _, _, left, right in sorted(merges)]
+    model = models.BPE(pieces, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    tokenizer.add_special_tokens(
+        [AddedToken(s, special=True, normalized=False) for s in ("<unk>", "<s>", "</s>")]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=[("<s>", 1)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    if keep_model:
+        (folder / "tokenizer.model").write_bytes(model_file.read_bytes())

@@ -2,7 +2,6 @@
 
 import inspect
 import signal
-from pathlib import Path
 
 import click
 
@@ -10,11 +9,10 @@ from mlx_align.cli.console import Console, open_console, table
 from mlx_align.cli.options import SettingOption, SettingsCommand, given, settings_options
 from mlx_align.errors import SettingsError
 from mlx_align.losses import METHODS
-from mlx_align.settings import read_file
 from mlx_align.train.config import GROUPS, setting_names
 
 HEADINGS = dict(zip(GROUPS, ("Model", "Data", "Adapter", "Training"), strict=True))
-# Higher is better for these; for the others the change alone is shown.
+# What the table at the end shows, where the method has it.
 SHOWN_BEFORE_AFTER = (
     "loss", "rewards/accuracies", "logps/accuracies", "rewards/margins", "logps/chosen",
     "logps/rejected", "mean_token_accuracy",
@@ -60,20 +58,20 @@ def _train(context: click.Context, method: str, values: dict) -> int:
 
     console = open_console(context.obj["debug"])
     flags = given(values, setting_names(method))
-    if values["resume"]:
-        if values["config"] or flags:
-            extra = ["-c"] * bool(values["config"]) + ["--" + f.replace("_", "-") for f in flags]
-            raise SettingsError(
-                f"--resume goes on with the settings of the run; leave out {', '.join(extra)}, or "
-                f"start a new run with -c {values['resume']}/run.json and these flags"
-            )
-        settings = {}
-    else:
-        settings = {**_read_config(values["config"], method), **flags}
-    stop = _StopOnInterrupt(console)
-    with stop:
+    if values["resume"] and (values["config"] or flags):
+        extra = ["-c"] * bool(values["config"]) + ["--" + f.replace("_", "-") for f in flags]
+        raise SettingsError(
+            f"--resume goes on with the settings of the run; leave out {', '.join(extra)}, or "
+            f"start a new run with -c {values['resume']}/run.json and these flags"
+        )
+    with _StopOnInterrupt(console) as stop:
         result = api.train(
-            method, resume=values["resume"], events=console, should_stop=stop.asked, **settings
+            method,
+            config=values["config"],
+            resume=values["resume"],
+            events=console,
+            should_stop=stop.asked,
+            **flags,
         )
     console.end_line()
     if not result.finished:
@@ -84,26 +82,17 @@ def _train(context: click.Context, method: str, values: dict) -> int:
     return 0
 
 
-def _read_config(path: str | None, method: str) -> dict:
-    if path is None:
-        return {}
-    settings = read_file(path)
-    made_for = settings.pop("method", method)
-    if made_for != method:
-        raise SettingsError(f"{path}: is a run of {made_for}, not of {method}")
-    # A repeated run gets a folder of its own.
-    if Path(path).name == "run.json":
-        settings.pop("output", None)
-    return settings
-
-
 def _show_result(result) -> None:
     if result.after:
         rows = []
         for name in SHOWN_BEFORE_AFTER:
             if name in result.after:
                 before, after = result.before[name], result.after[name]
-                rows.append([name, f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}"])
+                cells = [f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}"]
+                if name.startswith("rewards/"):
+                    # Of the untrained policy all rewards are zero, by definition.
+                    cells[0] = cells[2] = "-"
+                rows.append([name, *cells])
         click.echo("\n" + table(["held-out data", "before", "after", "change"], rows))
         if result.best_step != result.steps:
             click.echo(

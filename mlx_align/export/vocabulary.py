@@ -5,6 +5,7 @@ llama.cpp knows by name, and SentencePiece-like BPE with byte fallback ("llama")
 """
 
 import json
+import logging
 import re
 from dataclasses import dataclass, field
 
@@ -14,6 +15,8 @@ from mlx_align.data.template import end_of_turn
 from mlx_align.errors import ExportError
 from mlx_align.export.folder import end_ids
 from mlx_align.model.load import LoadedModel
+
+log = logging.getLogger("mlx_align")
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
@@ -116,9 +119,13 @@ def _sentencepiece(loaded, tokenizer) -> Vocabulary:
     normalizer = tokenizer.get("normalizer") or {}
     steps = normalizer.get("normalizers", [normalizer])
     before = tokenizer.get("pre_tokenizer") or {}
-    vocabulary.add_space_prefix = any(s.get("type") == "Prepend" for s in steps) or (
-        before.get("type") == "Metaspace" and before.get("prepend_scheme") != "never"
-    )
+    prepends = any(s.get("type") == "Prepend" for s in steps)
+    metaspace = before.get("type") == "Metaspace" and before.get("prepend_scheme") != "never"
+    if metaspace:
+        log.warning(
+            "llama.cpp gives a text that begins with a space other tokens than this tokenizer"
+        )
+    vocabulary.add_space_prefix = prepends or metaspace
     return vocabulary
 
 

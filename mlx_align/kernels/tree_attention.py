@@ -11,15 +11,14 @@ attention over [ancestors, own], the lower-right causal case.
 models.
 """
 
-import functools
 import math
 from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-# Query rows at a time on the CPU: bounds the scores in memory to rows x keys for each head.
-QUERY_BLOCK = 256
+# On the CPU, queries are taken in blocks whose scores, for all heads, have about this many bytes.
+SCORE_BYTES = 4 * 2**20
 # MLX's fused attention on the GPU has no backward pass for 8 queries or fewer.
 FUSED_MIN_QUERIES = 9
 
@@ -39,18 +38,17 @@ def dense_mask(positions: np.ndarray, ends: np.ndarray, window: int | None = Non
     return mask | np.eye(len(index), dtype=bool)[None]
 
 
-@functools.lru_cache(maxsize=512)
-def causal_bias(rows: int, keys: int, window: int | None) -> np.ndarray:
+def causal_bias(rows: int, keys: int, window: int | None) -> mx.array:
     """float32[rows, keys] to add to scores: 0 where a query sees a key, else very negative.
 
-    Lower-right causal: the last query sees the last key.
+    Lower-right causal: the last query sees the last key. Lazy, so that it takes no memory before it
+    is needed.
     """
-    query = np.arange(keys - rows, keys)[:, None]
-    key = np.arange(keys)[None, :]
-    sees = key <= query
+    back = mx.arange(keys - rows, keys)[:, None] - mx.arange(keys)[None, :]
+    hidden = back < 0
     if window is not None:
-        sees &= query - key < window
-    return np.where(sees, np.float32(0), np.float32(-1e30))
+        hidden = hidden | (back >= window)
+    return hidden * -1e30
 
 
 def tree_attention(q, k, v, segments, *, scale: float, window: int | None = None) -> mx.array:
@@ -106,7 +104,7 @@ def _fused(q, k, v, scale, window):
         return _plain(q, k, v, scale, causal_bias(rows, keys, window))
     mask = "causal"
     if window is not None and keys > window:
-        mask = mx.array(causal_bias(rows, keys, window) == 0)
+        mask = causal_bias(rows, keys, window) == 0
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
 
 
@@ -116,7 +114,7 @@ def _plain(q, k, v, scale, bias):
     groups = k.shape[1]
     q = q.reshape(batch, groups, heads // groups, rows, dim)
     scores = (q.astype(mx.float32) * scale) @ k[:, :, None].astype(mx.float32).swapaxes(-1, -2)
-    weights = mx.softmax(scores + mx.array(bias), axis=-1).astype(v.dtype)
+    weights = mx.softmax(scores + bias, axis=-1).astype(v.dtype)
     return (weights @ v[:, :, None]).reshape(batch, heads, rows, v.shape[-1])
 
 
@@ -131,14 +129,16 @@ class _Block(NamedTuple):
     keys: list[tuple[int, int, int]]
 
 
-def _blocks(segments, index, window) -> list[_Block]:
+def _blocks(segments, index, heads, window) -> list[_Block]:
     blocks = []
     for i in index:
         path = _path(segments, i)
         before = sum(segments[j].end - segments[j].start for j in path[:-1])
         own = segments[i]
-        for start in range(own.start, own.end, QUERY_BLOCK):
-            end = min(start + QUERY_BLOCK, own.end)
+        seen = before + own.end - own.start
+        rows = max(16, SCORE_BYTES // (4 * heads * min(seen, window or seen)))
+        for start in range(own.start, own.end, rows):
+            end = min(start + rows, own.end)
             # Positions along the path: the block's last query, and the first one any query sees.
             last = before + end - own.start
             first = 0 if window is None else max(0, before + start - own.start - window + 1)
@@ -164,7 +164,7 @@ def _flash_row(q, k, v, segments, index, scale, window):
     groups = k.shape[1]
     repeats = heads // groups
     in_base_2 = scale * math.log2(math.e)
-    blocks = _blocks(segments, index, window)
+    blocks = _blocks(segments, index, heads, window)
 
     def gather(x, block):
         parts = [
@@ -181,15 +181,22 @@ def _flash_row(q, k, v, segments, index, scale, window):
     def ungrouped(x, block):
         return x.reshape(1, heads, block.end - block.start, x.shape[-1])
 
+    def after(x, done):
+        """x, but not before the last block is done: its scores make room for the next ones."""
+        return mx.depends([x], done)[0] if done else x
+
     def scores(q, keys, block):
-        bias = causal_bias(block.end - block.start, keys.shape[2], window)
-        return (q * in_base_2) @ keys.swapaxes(-1, -2) + mx.array(np.tile(bias, (repeats, 1)))
+        rows, count = block.end - block.start, keys.shape[2]
+        s = (q * in_base_2) @ keys.swapaxes(-1, -2)
+        s = s.reshape(groups, repeats, rows, count) + causal_bias(rows, count, window)
+        return s.reshape(1, groups, repeats * rows, count)
 
     @mx.custom_function
     def attend(q, k, v):
         outputs, log_sums = [], []
         for block in blocks:
-            s = scores(grouped(q, block), gather(k, block), block)
+            queries = after(grouped(q, block), [*outputs[-1:], *log_sums[-1:]])
+            s = scores(queries, gather(k, block), block)
             top = s.max(axis=-1, keepdims=True)
             weights = mx.power(2.0, s - top)
             total = weights.sum(axis=-1, keepdims=True)
@@ -202,7 +209,8 @@ def _flash_row(q, k, v, segments, index, scale, window):
         q, k, v = primals
         grad_q, grad_k, grad_v = [], {}, {}
         for block in blocks:
-            queries, keys, values = grouped(q, block), gather(k, block), gather(v, block)
+            queries = after(grouped(q, block), [*grad_q[-1:], *grad_k.values(), *grad_v.values()])
+            keys, values = gather(k, block), gather(v, block)
             grad, out = grouped(cotangents[0], block), grouped(outputs[0], block)
             weights = mx.power(2.0, scores(queries, keys, block) - grouped(outputs[1], block))
             delta = (grad * out).sum(axis=-1, keepdims=True)

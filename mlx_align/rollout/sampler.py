@@ -130,8 +130,11 @@ class Conversation:
             answer += piece
             ids.append(token)
             yield piece
-        # The last token was sampled but not yet fed to the model.
-        self._seen = [*prompt, *ids[:-1]]
+        # How many of the sampled tokens the model has taken in already, only its cache can tell.
+        fed = getattr(self._cache[0], "offset", None)
+        self._seen = [*prompt, *ids][:fed]
+        if fed != len(self._seen):
+            self._cache = None
         self.messages.append({"role": "assistant", "content": answer})
 
     def _as_prompt(self) -> Text:

@@ -1,9 +1,10 @@
-"""Everything a run needs to go on: adapter, optimizer, random state, position. Atomic folders.
+"""Everything a run needs to go on: adapter, optimizer, position. Atomic folders.
 
     checkpoints/step-000050/  adapters.safetensors  adapter_config.json  optimizer.safetensors  state.json
 
 A checkpoint is written under another name and moved into place when it is complete, so what is
-there is whole. Each is an adapter folder that mlx-lm can load.
+there is whole. Each is an adapter folder that mlx-lm can load. Order and randomness are functions of
+the seed and the step, so they need no state.
 """
 
 import json
@@ -45,9 +46,7 @@ class Checkpoints:
         """Write the state after `progress.step` steps and remove the oldest ones."""
         target = self.folder / f"step-{progress.step:06d}"
         temporary = self._begin(target, adapter)
-        state = optimizer.state()
-        state |= {f"random.{i}": x for i, x in enumerate(mx.random.state)}
-        save_weights(temporary / "optimizer.safetensors", state)
+        save_weights(temporary / "optimizer.safetensors", optimizer.state())
         write_json(temporary / "state.json", asdict(progress))
         replace_folder(temporary, target)
         for old in self._steps()[: -self._keep]:
@@ -79,10 +78,7 @@ class Checkpoints:
                 "the one before"
             ) from None
         adapter.load(weights, str(folder / WEIGHTS))
-        random = [state.pop(f"random.{i}") for i in range(len(mx.random.state))]
         optimizer.load(state, adapter.parameters())
-        for i, value in enumerate(random):
-            mx.random.state[i] = value
         return progress
 
     def _begin(self, target: Path, adapter: Adapter) -> Path:

@@ -7,11 +7,12 @@ update, log, perhaps evaluate, perhaps save. Nothing here knows one method from 
 import contextlib
 import logging
 import math
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -21,7 +22,7 @@ from mlx_align.data.dataset import Dataset, DataSettings, load_dataset
 from mlx_align.data.packing import Batch
 from mlx_align.data.stream import Stream
 from mlx_align.data.template import Encoder, Example
-from mlx_align.errors import RunError, StaleReferenceError
+from mlx_align.errors import AlignError, RunError, StaleReferenceError
 from mlx_align.files import write_atomically
 from mlx_align.model.adapter import Adapter, wear_adapter
 from mlx_align.model.forward import choose_layout, make_batches
@@ -111,7 +112,13 @@ def train(
         record = {"method": settings.method.name, "settings": settings.flat(), "finished": False}
         write_run(folder, record)
     with _awake():
-        run = _prepare(settings, folder, record, events)
+        try:
+            run = _prepare(settings, folder, record, events)
+        except AlignError:
+            if not resume:
+                # Nothing was begun, so nothing is left behind: the same command can be given again.
+                shutil.rmtree(folder)
+            raise
         return _loop(run, record, should_stop)
 
 
@@ -159,7 +166,9 @@ def _prepare(settings: RunSettings, folder: Path, record: dict, events: Events) 
     }
     write_run(folder, record)
     log.info(
-        "%d training and %d held-out examples; training %s values (%s) in %s",
+        "%s on %s: %d training and %d held-out examples; %s values trained (%s), computing in %s",
+        settings.model.model,
+        settings.data.data,
         len(dataset.train),
         len(dataset.valid),
         f"{adapter.size:,}",
@@ -197,7 +206,7 @@ def _read_data(settings: RunSettings, loaded: LoadedModel) -> Dataset:
     max_length = settings.data.max_length
     if loaded.context_length and max_length > loaded.context_length:
         max_length = loaded.context_length
-        if settings.data != replace(settings.data, max_length=DataSettings().max_length):
+        if settings.data.max_length != DataSettings().max_length:
             log.warning("--max-length is more than the model's context; %d is used", max_length)
     encoder = Encoder(
         loaded.tokenizer,
@@ -225,7 +234,8 @@ def _loop(run: _Run, record: dict, should_stop) -> Result:
     eval_every = max(1, total // 4) if settings.eval_every is None else settings.eval_every
     optimizer = Optimizer(settings.weight_decay, settings.max_grad_norm)
     progress = run.checkpoints.load_latest(run.adapter, optimizer)
-    run.metrics.cut_after(progress.step)
+    # Without a checkpoint everything is done again, the evaluation before the first step too.
+    run.metrics.cut_after(progress.step or -1)
     held_out = run.batches(_sample(run.dataset.valid, settings.eval_examples, settings.seed))
     if progress.step == 0:
         record["before"] = _evaluate(run, held_out, progress, stream)
@@ -238,6 +248,8 @@ def _loop(run: _Run, record: dict, should_stop) -> Result:
         started = time.perf_counter()
         batches = run.batches(stream.batch(progress.step))
         run.loaded.model.train()
+        # Dropout then depends on the step alone, and a resumed run draws what the unbroken one drew.
+        mx.random.seed(settings.seed * 1_000_003 + progress.step)
         totals, grad_norm = train_step(
             run.loaded, run.adapter, optimizer, run.settings.method, batches, learning_rate
         )

@@ -1,0 +1,56 @@
+"""llama.cpp's server, from the xllamacpp package, as an independent reader of GGUF files."""
+
+import json
+import urllib.request
+
+import pytest
+
+
+class Server:
+    def __init__(self, path):
+        xllamacpp = pytest.importorskip(
+            "xllamacpp", reason="GGUF files are run where xllamacpp is installed"
+        )
+        params = xllamacpp.CommonParams()
+        params.model.path = str(path)
+        params.n_ctx = 512
+        params.n_parallel = 1
+        params.cpuparams.n_threads = 2
+        params.verbosity = -1
+        # Full precision everywhere, so that differences are the file's.
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        self._server = xllamacpp.Server(params)
+
+    def post(self, path, body):
+        request = urllib.request.Request(
+            self._server.listening_address + path,
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        return json.loads(urllib.request.urlopen(request).read())
+
+    def tokenize(self, text, add_special=False):
+        body = {"content": text, "add_special": add_special, "parse_special": True}
+        return self.post("/tokenize", body)["tokens"]
+
+    def greedy(self, ids, count):
+        body = {"prompt": ids, "n_predict": count, "temperature": 0, "return_tokens": True}
+        body["cache_prompt"] = False
+        return self.post("/completion", body)
+
+    def next_log_probs(self, ids, count):
+        """The `count` most likely next tokens with their log-probabilities."""
+        body = {
+            "prompt": ids,
+            "n_predict": 1,
+            "temperature": 0,
+            "n_probs": count,
+            # The server reports the plain log-probabilities, but only with whole characters.
+            "logit_bias": [[self.tokenize("a")[0], 1e6]],
+        }
+        answer = self.post("/completion", body)["completion_probabilities"][0]
+        return {row["id"]: row["logprob"] for row in answer["top_logprobs"]}
+
+    def chat_prompt(self, messages):
+        return self.post("/apply-template", {"messages": messages})["prompt"]

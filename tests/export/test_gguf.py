@@ -1,0 +1,211 @@
+"""GGUF files say what they should, and llama.cpp computes from them what we compute."""
+
+import shutil
+
+import gguf
+import mlx.core as mx
+import numpy as np
+import pytest
+import tiny
+from llama_cpp import Server
+from test_folder import adapted
+
+from mlx_align.errors import ExportError
+from mlx_align.export.gguf import export_gguf
+from mlx_align.export.vocabulary import pre_tokenizer_name, read_vocabulary
+from mlx_align.model.load import load_model
+from mlx_align.rollout.sampler import SamplingSettings, prompt_encoder, sample
+
+TEXTS = [
+    "Hello world", " leading and trailing ", "two  spaces   three\n\n\nlines\t\ttabs",
+    "I'm sorry, it's 12345.67!", "日本語のテキスト 中文 한국어", "🚀🦙 emoji 👨‍👩‍👧",
+    "Привет, мир! ñandú café naïve", "def f(x):\n\treturn x**2  # ok\n", "", " ", "\n",
+    "<|im_start|>user\nHi<|im_end|>", "<|eot_id|><|begin_of_text|>x", "'ll 'VE don't",
+    "a\u200bb\u00a0c", "https://example.com/?q=1&r=2#x", "ALLCAPS lower MiXeD", "１２３ ٤٥٦ ½",
+    "--- *** ___ ~~~ ```",
+]  # fmt: skip
+FAMILIES = ["llama", "llama-untied", "llama-biased", "llama-scaled", "qwen2", "qwen3"]
+
+
+def fields(path):
+    reader = gguf.GGUFReader(path)
+    return {name: field.contents() for name, field in reader.fields.items()}, {
+        t.name: t for t in reader.tensors
+    }
+
+
+def close_or_tied(server, loaded, ids, tokens, expected):
+    """Two greedy runs agree, or part where two tokens were as good as equally likely."""
+    for i, (a, b) in enumerate(zip(tokens, expected, strict=False)):
+        if a != b:
+            logits = np.array(loaded.model(mx.array([[*ids, *expected[:i]]]))[0, -1])
+            return abs(logits[a] - logits[b]) < 0.05
+    return True
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_llama_cpp_reads_and_generates_the_same(model_folder, tmp_path, family):
+    loaded = adapted(model_folder, family)
+    server = Server(export_gguf(loaded, tmp_path / "m.gguf", quantise="f16"))
+    ends = loaded.tokenizer.eos_token_ids
+    for text in TEXTS:
+        own = list(loaded.tokenizer.encode(text, add_special_tokens=False))
+        assert server.tokenize(text) == own, text
+        with_special = list(loaded.tokenizer.encode(text))
+        assert server.tokenize(text, add_special=True) == with_special, text
+    encoder = prompt_encoder(loaded)
+    for question in ("How do I bake bread?", "Hi", "What is 12 + 30?"):
+        ids = encoder.prompt_ids(question)
+        answer = server.greedy(ids, 24)
+        (own,) = sample(loaded, [ids], SamplingSettings(max_tokens=24))
+        tokens = [t for t in answer["tokens"] if t not in ends]
+        assert close_or_tied(server, loaded, ids, tokens, list(own.ids))
+        messages = [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": question},
+        ]
+        rendered = server.chat_prompt(messages)
+        bos = loaded.tokenizer.bos_token or ""
+        # The server leaves a BOS out that it will add itself.
+        assert rendered.removeprefix(bos) == loaded.template.render(
+            messages, generation=True
+        ).removeprefix(bos)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("quantise", "tolerance"), [("f32", 1e-4), ("f16", 0.02), ("q8_0", 0.5)])
+def test_log_probabilities_agree(model_folder, tmp_path, family, quantise, tolerance):
+    loaded = adapted(model_folder, family)
+    server = Server(export_gguf(loaded, tmp_path / "m.gguf", quantise=quantise))
+    ids = list(range(5, 60, 3))
+    theirs = server.next_log_probs(ids, 50)
+    logits = loaded.model(mx.array([ids]))[0, -1]
+    ours = np.array(logits - mx.logsumexp(logits))
+    assert max(abs(ours[token] - logp) for token, logp in theirs.items()) < tolerance
+
+
+def test_the_keys(model_folder, tmp_path):
+    loaded = load_model(str(model_folder("llama-scaled")))
+    keys, tensors = fields(export_gguf(loaded, tmp_path / "m.gguf", quantise="q8_0"))
+    assert keys["general.architecture"] == "llama" and keys["general.type"] == "model"
+    assert keys["general.file_type"] == 7
+    assert keys["llama.block_count"] == 2 and keys["llama.attention.head_count_kv"] == 2
+    assert keys["llama.attention.key_length"] == 16 and keys["llama.rope.dimension_count"] == 16
+    assert keys["tokenizer.ggml.model"] == "gpt2" and keys["tokenizer.ggml.pre"] == "llama-bpe"
+    assert (
+        keys["tokenizer.ggml.add_bos_token"] is True
+        and keys["tokenizer.ggml.add_eos_token"] is False
+    )
+    assert keys["tokenizer.chat_template"] == loaded.template.source
+    assert keys["tokenizer.ggml.eos_token_id"] == loaded.tokenizer.eos_token_id
+    assert len(keys["tokenizer.ggml.tokens"]) == loaded.vocabulary
+    specials = {
+        loaded.tokenizer.convert_tokens_to_ids(t) for t in ("<|eot_id|>", "<|begin_of_text|>")
+    }
+    assert all(keys["tokenizer.ggml.token_type"][i] == gguf.TokenType.CONTROL for i in specials)
+    # Vectors stay in float32, a tied head is not written twice, rope scaling is a tensor.
+    kinds = {name: t.tensor_type.name for name, t in tensors.items()}
+    assert (
+        kinds["blk.0.attn_norm.weight"]
+        == kinds["output_norm.weight"]
+        == kinds["rope_freqs.weight"]
+        == "F32"
+    )
+    assert kinds["blk.0.ffn_up.weight"] == kinds["token_embd.weight"] == "Q8_0"
+    assert "output.weight" not in kinds
+    divisors = np.array(tensors["rope_freqs.weight"].data)
+    assert divisors.min() == 1.0 and divisors.max() == 8.0 and len(divisors) == 8
+
+
+def test_rows_that_do_not_fit_a_block_are_written_in_half_precision(model_folder, tmp_path):
+    changes = {"hidden_size": 40, "head_dim": 8, "num_attention_heads": 4, "intermediate_size": 48}
+    loaded = load_model(str(model_folder("llama", **changes)))
+    _, tensors = fields(export_gguf(loaded, tmp_path / "m.gguf", quantise="q8_0"))
+    assert tensors["blk.0.ffn_up.weight"].tensor_type.name == "F16"
+
+
+def test_every_end_of_a_turn_is_known_to_llama_cpp(model_folder, tmp_path):
+    loaded = load_model(str(model_folder("qwen2", eos_token_id=0)))
+    keys, _ = fields(export_gguf(loaded, tmp_path / "m.gguf"))
+    kept = {keys.get(f"tokenizer.ggml.{k}_token_id") for k in ("eos", "eot", "eom")}
+    assert set(loaded.tokenizer.eos_token_ids) <= kept
+
+
+def test_quantised_bases_are_written_dequantised(model_folder, tmp_path):
+    loaded = adapted(model_folder, "llama", quantise=(4, 32))
+    server = Server(export_gguf(loaded, tmp_path / "m.gguf", quantise="f32"))
+    ids = list(range(5, 60, 3))
+    logits = loaded.model(mx.array([ids]))[0, -1]
+    ours = np.array(logits - mx.logsumexp(logits))
+    theirs = server.next_log_probs(ids, 50)
+    assert max(abs(ours[token] - logp) for token, logp in theirs.items()) < 1e-3
+
+
+@pytest.mark.parametrize("keep_model", [True, False], ids=["own scores", "scores from merges"])
+def test_sentencepiece_vocabularies(shared, model_folder, tmp_path, keep_model):
+    folder = tmp_path / "spm"
+    shutil.copytree(model_folder("llama", vocab_size=32000, eos_token_id=2, bos_token_id=1), folder)
+    tiny.make_sentencepiece(folder, shared("vocab/llama2_tokenizer.model"), keep_model=keep_model)
+    loaded = load_model(str(folder))
+    path = export_gguf(loaded, tmp_path / "m.gguf")
+    keys, _ = fields(path)
+    assert keys["tokenizer.ggml.model"] == "llama"
+    server = Server(path)
+    for text in TEXTS:
+        if text and "<|" not in text:
+            own = list(loaded.tokenizer.encode(text, add_special_tokens=False))
+            assert server.tokenize(text) == own, text
+            assert server.tokenize(text, add_special=True) == list(loaded.tokenizer.encode(text)), (
+                text
+            )
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("mamba", {}, "models of type 'mamba' cannot be written as GGUF yet; supported: llama"),
+        ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "of type 'dynamic'"),
+        ("llama-sliding", {}, "a sliding window of 6"),
+        ("mistral", {}, "a sliding window of 8 in a context of 512"),
+        ("qwen2", {"head_dim": 32}, "a head dimension of 32"),
+    ],
+)  # fmt: skip
+def test_what_llama_cpp_computes_otherwise_is_refused(
+    model_folder, tmp_path, family, changes, words
+):
+    if family == "qwen2":
+        loaded = load_model(str(model_folder("qwen2")))
+        loaded.config |= changes
+    else:
+        loaded = load_model(str(model_folder(family, **changes)))
+    with pytest.raises(ExportError) as caught:
+        export_gguf(loaded, tmp_path / "m.gguf")
+    assert words in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_way_of_cutting_text_is_refused_and_shown():
+    tokenizer = {
+        "model": {"ignore_merges": False},
+        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "[a-z]+"}},
+    }
+    with pytest.raises(ExportError, match=r"split \[a-z\]\+"):
+        pre_tokenizer_name(tokenizer, "m")
+
+
+def test_ids_without_a_token_get_a_name_of_their_own(model_folder):
+    loaded = load_model(str(model_folder("llama", vocab_size=410)))
+    vocabulary = read_vocabulary(loaded)
+    assert vocabulary.tokens[-1] == "[PAD409]" and len(set(vocabulary.tokens)) == 410
+
+
+def test_a_full_disk_leaves_no_half_file(model_folder, tmp_path, monkeypatch):
+    loaded = load_model(str(model_folder()))
+
+    def full(self, array, **_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", full)
+    with pytest.raises(ExportError, match="No space left"):
+        export_gguf(loaded, tmp_path / "m.gguf")
+    assert list(tmp_path.iterdir()) == []
