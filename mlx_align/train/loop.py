@@ -166,7 +166,7 @@ def _prepare(settings: RunSettings, folder: Path, record: dict, events: Events) 
     }
     write_run(folder, record)
     log.info(
-        "%s on %s: %d training and %d held-out examples; %s values trained (%s), computing in %s",
+        "model %s, data %s: %d training and %d held-out examples; %s values trained (%s), in %s",
         settings.model.model,
         settings.data.data,
         len(dataset.train),
