@@ -4,6 +4,7 @@ import logging
 import shutil
 import sys
 import time
+from pathlib import Path
 
 import click
 
@@ -28,6 +29,7 @@ class Console(Events):
         self._last_print = 0.0
         self._started = None
         self._first_step = 0
+        self.folder = None
 
     def line(self, text: str, *, final: bool = False) -> None:
         """Show `text` as the live line; without a terminal, now and then as a line of its own."""
@@ -53,6 +55,9 @@ class Console(Events):
         if self._shown:
             click.echo()
             self._shown = ""
+
+    def on_start(self, folder: Path) -> None:
+        self.folder = folder
 
     def on_progress(self, what: str, done: int, total: int) -> None:
         self.line(f"{what}: {done} of {total} examples", final=done == total)

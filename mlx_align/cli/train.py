@@ -65,14 +65,21 @@ def _train(context: click.Context, method: str, values: dict) -> int:
             f"start a new run with -c {values['resume']}/run.json and these flags"
         )
     with _StopOnInterrupt(console) as stop:
-        result = api.train(
-            method,
-            config=values["config"],
-            resume=values["resume"],
-            events=console,
-            should_stop=stop.asked,
-            **flags,
-        )
+        try:
+            result = api.train(
+                method,
+                config=values["config"],
+                resume=values["resume"],
+                events=console,
+                should_stop=stop.asked,
+                **flags,
+            )
+        except KeyboardInterrupt:
+            console.end_line()
+            if console.folder is None:
+                raise
+            click.echo(f"stopped. Go on with:\n  mlx-align {method} --resume {console.folder}")
+            return 130
     console.end_line()
     if not result.finished:
         click.echo(f"stopped after step {result.steps}; a checkpoint was written. Go on with:")

@@ -32,6 +32,13 @@ class Stream:
         """Epochs finished after `step` steps."""
         return step / self.steps_per_epoch
 
+    def seen(self, steps: int) -> list[Example]:
+        """The examples that the first `steps` steps see, in the order of the data."""
+        if steps >= self.steps_per_epoch:
+            return self.examples
+        self.batch(0)
+        return [self.examples[i] for i in sorted(self._order[: steps * self.batch_size])]
+
     def batch(self, step: int) -> list[Example]:
         """The examples of optimizer step `step`, counted from 0."""
         epoch, index = divmod(step, self.steps_per_epoch)

@@ -5,6 +5,8 @@ layers differ) and renames `num_experts`. Several families of mlx-lm ignore the 
 word and run with default frequencies, so the old keys are put beside the new ones.
 """
 
+import itertools
+
 
 def normalise_config(config: dict) -> dict:
     """A copy of a config.json with old and new spellings side by side; nested text configs too."""
@@ -16,10 +18,9 @@ def normalise_config(config: dict) -> dict:
         _hoist_rope(config, rope)
     elif "rope_theta" in config:
         _nest_rope(config)
-    for old, new in (("num_experts", "num_local_experts"),):
-        for have, lack in ((old, new), (new, old)):
-            if config.get(have) is not None and config.get(lack) is None:
-                config[lack] = config[have]
+    for have, lack in itertools.permutations(("num_experts", "num_local_experts")):
+        if config.get(have) is not None and config.get(lack) is None:
+            config[lack] = config[have]
     kinds = config.get("layer_types")
     if kinds and "sliding_window_pattern" not in config and "full_attention" in kinds:
         period = kinds.index("full_attention") + 1

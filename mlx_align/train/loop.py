@@ -47,6 +47,9 @@ log = logging.getLogger("mlx_align")
 class Events:
     """What a caller may watch; the default does nothing."""
 
+    def on_start(self, folder: Path) -> None:
+        """The run folder is there; from now on the run can be resumed."""
+
     def on_progress(self, what: str, done: int, total: int) -> None:
         """Preparatory work, such as the reference pass."""
 
@@ -77,7 +80,9 @@ class _Run:
     folder: Path
     loaded: LoadedModel
     adapter: Adapter
-    dataset: Dataset
+    stream: Stream
+    held_out: list[Example]
+    total: int
     reference: LogProbs | None
     checkpoints: Checkpoints
     metrics: Metrics
@@ -102,7 +107,8 @@ def train(
     """Run the training that the settings describe in `folder`, or go on with the one that is there.
 
     `should_stop` is asked after every step; when it says yes, a checkpoint is written and the
-    unfinished result returned.
+    unfinished result returned. Before the first step there is nothing to write: what is asked to stop
+    there raises `KeyboardInterrupt`, and the run can be resumed all the same.
     """
     events = events or Events()
     if resume:
@@ -111,9 +117,10 @@ def train(
         claim_folder(folder)
         record = {"method": settings.method.name, "settings": settings.flat(), "finished": False}
         write_run(folder, record)
+    events.on_start(folder)
     with _awake():
         try:
-            run = _prepare(settings, folder, record, events)
+            run = _prepare(settings, folder, record, events, should_stop)
         except AlignError:
             if not resume:
                 # Nothing was begun, so nothing is left behind: the same command can be given again.
@@ -122,7 +129,9 @@ def train(
         return _loop(run, record, should_stop)
 
 
-def _prepare(settings: RunSettings, folder: Path, record: dict, events: Events) -> _Run:
+def _prepare(
+    settings: RunSettings, folder: Path, record: dict, events: Events, should_stop
+) -> _Run:
     loaded = load_model(
         settings.model.model,
         settings.model.dtype,
@@ -175,15 +184,30 @@ def _prepare(settings: RunSettings, folder: Path, record: dict, events: Events) 
         settings.adapter.fine_tune,
         record["dtype"],
     )
+    if settings.adapter.fine_tune == "full" and loaded.dtype != mx.float32:
+        log.warning(
+            "all weights are trained in %s: updates below its precision are lost; --dtype float32 "
+            "keeps them and takes twice the memory",
+            record["dtype"],
+        )
+    stream = Stream(dataset.train, settings.train.batch_size, settings.train.seed)
+    total = settings.train.steps or math.ceil(settings.train.epochs * stream.steps_per_epoch)
+    held_out = _sample(dataset.valid, settings.train.eval_examples, settings.train.seed)
     reference = None
     if settings.method.uses_reference:
+
+        def on_progress(done, count):
+            events.on_progress("reference", done, count)
+            if should_stop():
+                raise KeyboardInterrupt
+
         loaded.model.eval()
         reference = reference_log_probs(
             loaded,
             adapter,
-            [*dataset.train, *dataset.valid],
+            [*stream.seen(total), *held_out],
             settings.train.pack_length,
-            lambda done, total: events.on_progress("reference", done, total),
+            on_progress,
         )
     if settings.train.grad_checkpoint:
         checkpoint_blocks(loaded.model)
@@ -193,7 +217,17 @@ def _prepare(settings: RunSettings, folder: Path, record: dict, events: Events) 
         folder, settings.adapter, _adapter_extra(settings), settings.train.keep_checkpoints
     )
     return _Run(
-        settings, folder, loaded, adapter, dataset, reference, checkpoints, Metrics(folder), events
+        settings,
+        folder,
+        loaded,
+        adapter,
+        stream,
+        held_out,
+        total,
+        reference,
+        checkpoints,
+        Metrics(folder),
+        events,
     )
 
 
@@ -228,17 +262,15 @@ def _read_data(settings: RunSettings, loaded: LoadedModel) -> Dataset:
 
 
 def _loop(run: _Run, record: dict, should_stop) -> Result:
-    settings = run.settings.train
-    stream = Stream(run.dataset.train, settings.batch_size, settings.seed)
-    total = settings.steps or math.ceil(settings.epochs * stream.steps_per_epoch)
+    settings, stream, total = run.settings.train, run.stream, run.total
     eval_every = max(1, total // 4) if settings.eval_every is None else settings.eval_every
     optimizer = Optimizer(settings.weight_decay, settings.max_grad_norm)
     progress = run.checkpoints.load_latest(run.adapter, optimizer)
     # Without a checkpoint everything is done again, the evaluation before the first step too.
     run.metrics.cut_after(progress.step or -1)
-    held_out = run.batches(_sample(run.dataset.valid, settings.eval_examples, settings.seed))
+    held_out = run.batches(run.held_out)
     if progress.step == 0:
-        record["before"] = _evaluate(run, held_out, progress, stream)
+        record["before"] = _evaluate(run, held_out, progress)
         write_run(run.folder, record)
 
     while progress.step < total:
@@ -274,7 +306,7 @@ def _loop(run: _Run, record: dict, should_stop) -> Result:
         run.events.on_step(row, total)
         last = progress.step == total
         if last or (eval_every and progress.step % eval_every == 0):
-            after = _evaluate(run, held_out, progress, stream)
+            after = _evaluate(run, held_out, progress)
             _keep_best(run, progress, after)
         stopping = not last and should_stop()
         if stopping or (progress.step % settings.save_every == 0 and not last):
@@ -298,7 +330,7 @@ def _loop(run: _Run, record: dict, should_stop) -> Result:
     )
 
 
-def _evaluate(run: _Run, held_out, progress: Progress, stream: Stream) -> dict:
+def _evaluate(run: _Run, held_out, progress: Progress) -> dict:
     """The method's loss and metrics on held-out data; an empty dict where there is none."""
     if not held_out:
         return {}
@@ -310,7 +342,7 @@ def _evaluate(run: _Run, held_out, progress: Progress, stream: Stream) -> dict:
     row = {
         "step": progress.step,
         "split": "valid",
-        "epoch": stream.epoch(progress.step),
+        "epoch": run.stream.epoch(progress.step),
         **means,
     }
     run.metrics.write(row)

@@ -186,6 +186,35 @@ def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(job, tmp_path):
     assert (folder / "adapters.safetensors").exists()
 
 
+def test_a_stop_during_the_reference_pass_says_how_to_go_on(job, tmp_path, monkeypatch, capsys):
+    from mlx_align.cli.console import Console
+    from mlx_align.cli.train import _StopOnInterrupt
+    from mlx_align.train import reference
+
+    monkeypatch.setattr(reference, "PART", 5)
+    monkeypatch.setenv("MLX_ALIGN_CACHE", str(tmp_path / "cache"))
+    console = Console()
+    with _StopOnInterrupt(console) as stop, pytest.raises(KeyboardInterrupt):
+        stop._on_signal()
+        api.train("dpo", **job("run"), events=console, should_stop=stop.asked)
+    assert console.folder == tmp_path / "run"
+    assert api.train("dpo", resume=tmp_path / "run").finished
+
+
+def test_a_short_run_asks_the_reference_only_for_what_it_sees(job, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_ALIGN_CACHE", str(tmp_path / "cache"))
+    asked = []
+
+    class Count(Events):
+        def on_progress(self, what, done, total):
+            asked.append(total)
+
+    settings = job("run", steps=2, eval_examples=3)
+    result = api.train("dpo", **settings, events=Count())
+    assert result.finished
+    assert set(asked) == {2 * settings["batch_size"] + 3}
+
+
 def test_stopping_by_callback_and_going_on(job, tmp_path):
     steps = []
 
