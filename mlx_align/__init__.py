@@ -3,11 +3,11 @@
 import importlib
 
 _PUBLIC = {
-    "train": "mlx_align.api",
+    "train_model": "mlx_align.api",
     "generate": "mlx_align.api",
     "compare": "mlx_align.api",
     "compare_answers": "mlx_align.api",
-    "export": "mlx_align.api",
+    "export_model": "mlx_align.api",
     "open_model": "mlx_align.model.open",
     "SamplingSettings": "mlx_align.rollout.sampler",
     "METHODS": "mlx_align.losses",

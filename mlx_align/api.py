@@ -13,14 +13,14 @@ from mlx_align.rollout.sampler import Completion
 from mlx_align.settings import read_file
 from mlx_align.train.config import RunSettings, setting_names
 from mlx_align.train.loop import Events, Result, resume_settings
-from mlx_align.train.loop import train as train_run
+from mlx_align.train.loop import train
 from mlx_align.train.runlog import RUN, read_run
 
 # Settings that name something on disk or on the Hub.
 _PATHS = ("model", "data", "valid_data", "chat_template")
 
 
-def train(
+def train_model(
     method: str,
     *,
     config: str | Path | None = None,
@@ -34,21 +34,21 @@ def train(
     `settings` are the flags of `mlx-align METHOD` with underscores; they come before the values of
     the file `config`, those before the defaults. `resume` names a run folder to go on with.
 
-    >>> train("dpo", model="mlx-community/Llama-3.2-1B-Instruct-4bit", data="prefs.jsonl", beta=0.1)
+    >>> train_model("dpo", model="mlx-community/Llama-3.2-1B-Instruct-4bit", data="prefs.jsonl", beta=0.1)
     """
     if resume is not None:
         folder = Path(resume)
         run = resume_settings(folder)
         if run.method.name != method:
             raise SettingsError(f"{folder}: is a run of {run.method.name}, not of {method}")
-        return train_run(run, folder, resume=True, events=events, should_stop=should_stop)
+        return train(run, folder, resume=True, events=events, should_stop=should_stop)
     values = {**_read_config(config, method), **_canonical(settings, method)}
     if values.get("model", DEMO) == DEMO:
         values = {**demo.SETTINGS.get(method, {}), **values}
     values |= {name: _absolute(values[name]) for name in _PATHS if values.get(name)}
     run = RunSettings.from_flat(method, values, "settings")
     folder = Path(run.train.output or _default_folder(method)).expanduser()
-    return train_run(run, folder, events=events, should_stop=should_stop)
+    return train(run, folder, events=events, should_stop=should_stop)
 
 
 def generate(
@@ -74,7 +74,7 @@ def generate(
     return sample(loaded, ids, SamplingSettings(**sampling))
 
 
-def export(
+def export_model(
     source: str | Path,
     to: str,
     *,

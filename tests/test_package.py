@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -50,13 +51,28 @@ assert all(a[k] is b[k] for a, b in zip(before, after) for k in a if k != "__bui
     python(code)
 
 
-def test_public_names_are_there():
-    import mlx_align
+def test_public_names_are_what_they_say():
+    """In a fresh process, as a user imports them; a room of the same name would win silently."""
+    code = """
+import types
+import mlx_align.api
+for name in mlx_align.__all__:
+    assert not isinstance(getattr(mlx_align, name), types.ModuleType), name
+try:
+    mlx_align.nothing
+except AttributeError:
+    pass
+"""
+    python(code)
 
-    for name in mlx_align.__all__:
-        assert getattr(mlx_align, name) is not None
-    with pytest.raises(AttributeError):
-        _ = mlx_align.nothing
+
+def test_the_readmes_python_runs_word_for_word(tmp_path):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        python(block, cwd=tmp_path)
+    assert list(tmp_path.glob("runs/python/export/*.gguf"))
 
 
 def imported_rooms(file):

@@ -18,7 +18,7 @@ def _export() -> click.Command:
         from mlx_align import api
 
         open_console()
-        path = api.export(
+        path = api.export_model(
             values["source"],
             values["to"],
             output=values["output"],

@@ -66,7 +66,7 @@ def _train(context: click.Context, method: str, values: dict) -> int:
         )
     with _StopOnInterrupt(console) as stop:
         try:
-            result = api.train(
+            result = api.train_model(
                 method,
                 config=values["config"],
                 resume=values["resume"],

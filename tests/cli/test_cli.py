@@ -71,7 +71,7 @@ def test_every_setting_by_flag_by_file_and_from_python(captured, tmp_path, metho
     file.write_text(yaml.safe_dump({name: value}))
     assert run(method, *flags) == 0
     assert run(method, "-c", file) == 0
-    api.train(method, **{name: value})
+    api.train_model(method, **{name: value})
     expected = tuple(value) if isinstance(value, list) else value
     for settings in captured:
         assert settings.flat()[name] == (

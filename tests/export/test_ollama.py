@@ -178,7 +178,9 @@ def test_ollama_is_called_where_it_is_installed(model_folder, tmp_path, monkeypa
     tools = fake_ollama(tmp_path / "bin")
     monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
     with caplog.at_level("INFO", logger="mlx_align"):
-        out = api.export(str(model_folder()), "ollama", output=tmp_path / "out", name="my-llama")
+        out = api.export_model(
+            str(model_folder()), "ollama", output=tmp_path / "out", name="my-llama"
+        )
     assert (tools / "called").read_text().split() == [
         "create",
         "my-llama",
@@ -191,7 +193,7 @@ def test_ollama_is_called_where_it_is_installed(model_folder, tmp_path, monkeypa
 def test_a_failing_ollama_loses_nothing(model_folder, tmp_path, monkeypatch, caplog):
     tools = fake_ollama(tmp_path / "bin", status=1)
     monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
-    out = api.export(str(model_folder()), "ollama", output=tmp_path / "out", name="my-llama")
+    out = api.export_model(str(model_folder()), "ollama", output=tmp_path / "out", name="my-llama")
     assert (out / "model.gguf").exists() and (out / "Modelfile").exists()
     assert (
         "no server here" in caplog.text
@@ -202,5 +204,5 @@ def test_a_failing_ollama_loses_nothing(model_folder, tmp_path, monkeypatch, cap
 def test_without_ollama_the_command_is_shown(model_folder, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("PATH", str(tmp_path))
     with caplog.at_level("INFO", logger="mlx_align"):
-        api.export(str(model_folder()), "ollama", output=tmp_path / "out", name="my-llama")
+        api.export_model(str(model_folder()), "ollama", output=tmp_path / "out", name="my-llama")
     assert "ollama create my-llama -f" in caplog.text

@@ -72,7 +72,7 @@ def command(job, *extra):
 
 
 def test_a_run_leaves_its_record(job, tmp_path):
-    result = api.train("dpo", **job("run"))
+    result = api.train_model("dpo", **job("run"))
     folder = tmp_path / "run"
     assert result.folder == folder and result.finished and result.steps == 14
     names = {p.name for p in folder.iterdir()}
@@ -108,22 +108,24 @@ def test_a_run_leaves_its_record(job, tmp_path):
 
 
 def test_a_record_repeats_the_run(job, tmp_path):
-    api.train("dpo", **job("run"))
-    again = api.train("dpo", config=tmp_path / "run" / "run.json", output=str(tmp_path / "again"))
+    api.train_model("dpo", **job("run"))
+    again = api.train_model(
+        "dpo", config=tmp_path / "run" / "run.json", output=str(tmp_path / "again")
+    )
     assert same_bits(adapter(tmp_path / "run"), adapter(again.folder))
 
 
 @pytest.mark.parametrize("moment", [1, 6, 13])
 def test_killed_and_resumed_is_unbroken(job, tmp_path, moment):
     settings = {"lora_dropout": 0.1}  # so that the random state matters
-    api.train("dpo", **job("whole", **settings))
+    api.train_model("dpo", **job("whole", **settings))
     folder = tmp_path / "broken"
     process = subprocess.Popen(command(job("broken", **settings)), stdout=subprocess.DEVNULL)
     wait_for_step(process, folder, moment)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (folder / "adapters.safetensors").exists()
-    result = api.train("dpo", resume=folder)
+    result = api.train_model("dpo", resume=folder)
     assert result.finished
     assert same_bits(adapter(tmp_path / "whole"), adapter(folder))
     times = ("tokens_per_second", "seconds", "peak_memory_gb")
@@ -159,7 +161,7 @@ def test_interrupted_during_the_reference_pass(job, tmp_path, monkeypatch):
 
     monkeypatch.setattr(reference, "PART", 5)
     monkeypatch.setenv("MLX_ALIGN_CACHE", str(tmp_path / "one"))
-    api.train("dpo", **job("whole"))
+    api.train_model("dpo", **job("whole"))
     monkeypatch.setenv("MLX_ALIGN_CACHE", str(tmp_path / "two"))
 
     class Pull(Events):
@@ -168,8 +170,8 @@ def test_interrupted_during_the_reference_pass(job, tmp_path, monkeypatch):
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        api.train("dpo", **job("broken"), events=Pull())
-    assert api.train("dpo", resume=tmp_path / "broken").finished
+        api.train_model("dpo", **job("broken"), events=Pull())
+    assert api.train_model("dpo", resume=tmp_path / "broken").finished
     assert same_bits(adapter(tmp_path / "whole"), adapter(tmp_path / "broken"))
 
 
@@ -196,9 +198,9 @@ def test_a_stop_during_the_reference_pass_says_how_to_go_on(job, tmp_path, monke
     console = Console()
     with _StopOnInterrupt(console) as stop, pytest.raises(KeyboardInterrupt):
         stop._on_signal()
-        api.train("dpo", **job("run"), events=console, should_stop=stop.asked)
+        api.train_model("dpo", **job("run"), events=console, should_stop=stop.asked)
     assert console.folder == tmp_path / "run"
-    assert api.train("dpo", resume=tmp_path / "run").finished
+    assert api.train_model("dpo", resume=tmp_path / "run").finished
 
 
 def test_a_short_run_asks_the_reference_only_for_what_it_sees(job, tmp_path, monkeypatch):
@@ -210,7 +212,7 @@ def test_a_short_run_asks_the_reference_only_for_what_it_sees(job, tmp_path, mon
             asked.append(total)
 
     settings = job("run", steps=2, eval_examples=3)
-    result = api.train("dpo", **settings, events=Count())
+    result = api.train_model("dpo", **settings, events=Count())
     assert result.finished
     assert set(asked) == {2 * settings["batch_size"] + 3}
 
@@ -222,10 +224,12 @@ def test_stopping_by_callback_and_going_on(job, tmp_path):
         def on_step(self, row, total):
             steps.append(row["step"])
 
-    stopped = api.train("dpo", **job("run"), events=Count(), should_stop=lambda: len(steps) == 5)
+    stopped = api.train_model(
+        "dpo", **job("run"), events=Count(), should_stop=lambda: len(steps) == 5
+    )
     assert not stopped.finished and stopped.steps == 5
-    api.train("dpo", resume=tmp_path / "run")
-    api.train("dpo", **job("whole"))
+    api.train_model("dpo", resume=tmp_path / "run")
+    api.train_model("dpo", **job("whole"))
     assert same_bits(adapter(tmp_path / "whole"), adapter(tmp_path / "run"))
 
 
@@ -236,15 +240,15 @@ def test_a_half_written_checkpoint_is_not_used(job, tmp_path):
         def on_step(self, row, total):
             steps.append(row["step"])
 
-    api.train("dpo", **job("run"), events=Count(), should_stop=lambda: len(steps) == 9)
+    api.train_model("dpo", **job("run"), events=Count(), should_stop=lambda: len(steps) == 9)
     folder = tmp_path / "run"
     leftover = folder / "checkpoints" / ".step-000099.tmp"
     shutil.copytree(folder / "checkpoints" / "step-000009", leftover)
     (leftover / "state.json").unlink()
     with open(folder / METRICS, "a") as file:
         file.write('{"step": 10, "split": "tra')
-    api.train("dpo", resume=folder)
-    api.train("dpo", **job("whole"))
+    api.train_model("dpo", resume=folder)
+    api.train_model("dpo", **job("whole"))
     assert not leftover.exists()
     assert same_bits(adapter(tmp_path / "whole"), adapter(folder))
     assert [r["step"] for r in rows(folder) if r["split"] == "train"] == list(range(1, 15))
@@ -258,22 +262,22 @@ def test_resuming_refuses_what_it_cannot_continue(job, tmp_path):
             steps.append(row["step"])
 
     settings = job("run")
-    api.train("dpo", **settings, events=Count(), should_stop=lambda: len(steps) == 5)
+    api.train_model("dpo", **settings, events=Count(), should_stop=lambda: len(steps) == 5)
     folder = tmp_path / "run"
     with pytest.raises(SettingsError, match="is a run of dpo, not of sft"):
-        api.train("sft", resume=folder)
+        api.train_model("sft", resume=folder)
     data = tmp_path / "pairs.jsonl"
     kept = data.read_text()
     data.write_text(kept.replace("fox", "cat"))
     with pytest.raises(StaleReferenceError, match="the data is not what it was"):
-        api.train("dpo", resume=folder)
+        api.train_model("dpo", resume=folder)
     assert (folder / "checkpoints").exists()  # nothing was lost by trying
     data.write_text(kept)
-    assert api.train("dpo", resume=folder).finished
+    assert api.train_model("dpo", resume=folder).finished
     with pytest.raises(RunError, match="finished"):
-        api.train("dpo", resume=folder)
+        api.train_model("dpo", resume=folder)
     with pytest.raises(RunError, match="not a run folder"):
-        api.train("dpo", resume=tmp_path)
+        api.train_model("dpo", resume=tmp_path)
 
 
 def test_a_changed_model_stops_the_resume(job, tmp_path, model_folder):
@@ -285,14 +289,14 @@ def test_a_changed_model_stops_the_resume(job, tmp_path, model_folder):
         def on_step(self, row, total):
             steps.append(row["step"])
 
-    api.train(
+    api.train_model(
         "dpo", **job("run", model=str(model)), events=Count(), should_stop=lambda: len(steps) == 5
     )
     weights = mx.load(str(model / "model.safetensors"))
     weights["model.norm.weight"] = weights["model.norm.weight"] * 1.01
     mx.save_safetensors(str(model / "model.safetensors"), weights)
     with pytest.raises(StaleReferenceError, match="the model is not what it was"):
-        api.train("dpo", resume=tmp_path / "run")
+        api.train_model("dpo", resume=tmp_path / "run")
 
 
 def test_folders_that_cannot_hold_a_run(job, tmp_path, monkeypatch):
@@ -300,21 +304,21 @@ def test_folders_that_cannot_hold_a_run(job, tmp_path, monkeypatch):
     used.mkdir()
     (used / "notes.txt").write_text("mine")
     with pytest.raises(RunError, match="exists already and is not empty"):
-        api.train("dpo", **job("used"))
+        api.train_model("dpo", **job("used"))
     assert (used / "notes.txt").read_text() == "mine"
     blocked = tmp_path / "file"
     blocked.write_text("")
     with pytest.raises(RunError, match="cannot be written"):
-        api.train("dpo", **job("file/run"))
+        api.train_model("dpo", **job("file/run"))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 1000))
     with pytest.raises(RunError, match=r"the disk has 0.00 GB free"):
-        api.train("dpo", **job("full"))
+        api.train_model("dpo", **job("full"))
     assert not (tmp_path / "full").exists()
 
 
 def test_a_failed_start_leaves_nothing_behind(job, tmp_path):
     with pytest.raises(DataError):
-        api.train("dpo", **job("run", data=str(tmp_path / "none.jsonl")))
+        api.train_model("dpo", **job("run", data=str(tmp_path / "none.jsonl")))
     assert not (tmp_path / "run").exists()
 
 
@@ -323,7 +327,7 @@ def test_an_unwritable_folder(job, tmp_path):
     tmp_path.chmod(0o500)
     try:
         with pytest.raises(RunError, match="cannot be written"):
-            api.train("dpo", **job("run"))
+            api.train_model("dpo", **job("run"))
     finally:
         tmp_path.chmod(0o700)
 
@@ -337,28 +341,30 @@ def test_both_methods_learn_in_every_way(job, tmp_path, kind, method):
         texts = [{"prompt": p["prompt"], "completion": p["chosen"]} for p in map(json.loads, pairs)]
         changes["data"] = str(tmp_path / "texts.jsonl")
         (tmp_path / "texts.jsonl").write_text("".join(json.dumps(t) + "\n" for t in texts))
-    result = api.train(method, **job("run", **changes))
+    result = api.train_model(method, **job("run", **changes))
     train = [r for r in rows(result.folder) if r["split"] == "train"]
     assert train[-1]["loss"] < 0.8 * train[0]["loss"]
 
 
 def test_grad_checkpoint_and_pack_length_change_no_result(job):
-    plain = api.train("dpo", **job("plain"))
-    other = api.train("dpo", **job("other", grad_checkpoint=True, pack_length=40))
+    plain = api.train_model("dpo", **job("plain"))
+    other = api.train_model("dpo", **job("other", grad_checkpoint=True, pack_length=40))
     assert other.after["loss"] == pytest.approx(plain.after["loss"], rel=1e-3)
 
 
 def test_a_plain_model_trains_and_resumes_as_well(job, tmp_path, model_folder):
     settings = {"model": str(model_folder("mamba")), "steps": 6, "save_every": 2}
-    api.train("dpo", **job("whole", **settings))
+    api.train_model("dpo", **job("whole", **settings))
     steps = []
 
     class Count(Events):
         def on_step(self, row, total):
             steps.append(row["step"])
 
-    api.train("dpo", **job("run", **settings), events=Count(), should_stop=lambda: len(steps) == 3)
-    api.train("dpo", resume=tmp_path / "run")
+    api.train_model(
+        "dpo", **job("run", **settings), events=Count(), should_stop=lambda: len(steps) == 3
+    )
+    api.train_model("dpo", resume=tmp_path / "run")
     assert same_bits(adapter(tmp_path / "whole"), adapter(tmp_path / "run"))
 
 
@@ -370,10 +376,10 @@ def test_another_beta_and_seed_use_the_same_reference(job, monkeypatch, tmp_path
         def on_progress(self, what, done, total):
             seen.append(done)
 
-    api.train("dpo", **job("one"), events=Watch())
+    api.train_model("dpo", **job("one"), events=Watch())
     assert seen
     seen.clear()
-    api.train("dpo", **job("two", beta=0.5, seed=3), events=Watch())
+    api.train_model("dpo", **job("two", beta=0.5, seed=3), events=Watch())
     assert not seen
 
 
@@ -390,7 +396,7 @@ def test_resume_after_midnight_keeps_the_templates_date(job, tmp_path, model_fol
         def on_step(self, row, total):
             steps.append(row["step"])
 
-    api.train(
+    api.train_model(
         "dpo", **job("run", model=str(model)), events=Count(), should_stop=lambda: len(steps) == 5
     )
 
@@ -400,4 +406,4 @@ def test_resume_after_midnight_keeps_the_templates_date(job, tmp_path, model_fol
             return cls(2099, 1, 1)
 
     monkeypatch.setattr(datetime, "date", Tomorrow)
-    assert api.train("dpo", resume=tmp_path / "run").finished
+    assert api.train_model("dpo", resume=tmp_path / "run").finished
