@@ -12,8 +12,7 @@ from mlx_align.evaluate.compare import Answers, Comparison
 from mlx_align.rollout.sampler import Completion
 from mlx_align.settings import read_file
 from mlx_align.train.config import RunSettings, setting_names
-from mlx_align.train.loop import Events, Result, resume_settings
-from mlx_align.train.loop import train
+from mlx_align.train.loop import Events, Result, resume_settings, train
 from mlx_align.train.runlog import RUN, read_run
 
 # Settings that name something on disk or on the Hub.
