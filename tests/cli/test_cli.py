@@ -39,7 +39,7 @@ def captured(monkeypatch):
         seen.append(settings)
         return Result(folder, 1, True, {}, {}, None)
 
-    monkeypatch.setattr(api, "train_run", fake)
+    monkeypatch.setattr(api, "train", fake)
     return seen
 
 
