@@ -13,6 +13,7 @@ All sums and logits are float32 whatever the weights are. Knows nothing of where
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
@@ -26,6 +27,18 @@ BLOCK_ROWS = 2048
 
 def _chunk_bytes() -> int:
     return CHUNK_BYTES["cpu" if mx.default_device() == mx.cpu else "gpu"]
+
+
+class TokenScores(NamedTuple):
+    """What a head says of M targets.
+
+    logp is float32[M], hit bool[M] (the target is the most likely token). collision, float32[M] where
+    it was asked for, is log(sum of p^2) over the vocabulary; no gradient flows through it.
+    """
+
+    logp: mx.array
+    hit: mx.array
+    collision: mx.array | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,45 +71,54 @@ class Projection:
 
 
 def frozen_log_probs(
-    hidden: mx.array, targets: mx.array, head: Projection, *, gradient: bool = True
-) -> tuple[mx.array, mx.array]:
-    """Log-probability of each target, float32[M], and whether it is the most likely token, bool[M].
+    hidden: mx.array,
+    targets: mx.array,
+    head: Projection,
+    *,
+    gradient: bool = True,
+    collision: bool = False,
+) -> TokenScores:
+    """The scores of each target.
 
     `hidden` is [M, D], `targets` int[M]. Differentiable in `hidden` only; `gradient=False` skips
     the work for that.
     """
     if not gradient:
-        logp, hit, _ = _blocks(mx.stop_gradient(hidden), targets, head, gradient=False)
-        return logp, hit
+        hidden = mx.stop_gradient(hidden)
+        logp, hit, collisions, _ = _blocks(hidden, targets, head, False, collision)
+        return TokenScores(logp, hit, collisions if collision else None)
 
     @mx.custom_function
     def log_probs(hidden, targets):
-        return _blocks(hidden, targets, head, gradient=True)
+        return _blocks(hidden, targets, head, True, collision)
 
     @log_probs.vjp
     def backward(primals, cotangents, outputs):
-        unit = outputs[2]
+        unit = outputs[3]
         return (cotangents[0][:, None] * unit).astype(primals[0].dtype), None
 
-    logp, hit, _ = log_probs(hidden, targets)
-    return logp, hit
+    logp, hit, collisions, _ = log_probs(hidden, targets)
+    return TokenScores(logp, hit, collisions if collision else None)
 
 
-def _blocks(hidden, targets, head, gradient):
+def _blocks(hidden, targets, head, gradient, collision):
     """`_walk` for blocks of rows, one after the other."""
     parts = []
     for start in range(0, hidden.shape[0], BLOCK_ROWS):
         here = hidden[start : start + BLOCK_ROWS]
         if parts:
             here = mx.depends([here], [p for p in parts[-1] if p is not None])[0]
-        parts.append(_walk(here, targets[start : start + BLOCK_ROWS], head, gradient))
+        parts.append(_walk(here, targets[start : start + BLOCK_ROWS], head, gradient, collision))
     if len(parts) == 1:
         return parts[0]
     return tuple(None if p[0] is None else mx.concatenate(p) for p in zip(*parts, strict=True))
 
 
-def _walk(hidden, targets, head, gradient):
-    """(logp, is the most likely, unit gradient) by one walk over the vocabulary."""
+def _walk(hidden, targets, head, gradient, collision):
+    """(logp, is the most likely, collision, unit gradient) by one walk over the vocabulary.
+
+    Without `collision` the third is the first again, since a custom function has no empty outputs.
+    """
     count, width = hidden.shape
     vocabulary = head.weight.shape[0]
     chunk = max(64, _chunk_bytes() // (4 * max(count, width)))
@@ -125,7 +147,7 @@ def _walk(hidden, targets, head, gradient):
         bent = mx.tanh(target / head.softcap)
         target, slope = bent * (head.softcap * unit), (1 - bent * bent)[:, None]
 
-    top = total = pull = None
+    top = total = squares = pull = None
     for start in range(0, vocabulary, chunk):
         part = slice(start, min(start + chunk, vocabulary))
         if top is not None:
@@ -139,6 +161,9 @@ def _walk(hidden, targets, head, gradient):
         here_total = mass.sum(axis=-1, keepdims=True)
         shrink = None if top is None else mx.power(2.0, top - new)
         total = here_total if top is None else total * shrink + here_total
+        if collision:
+            here_squares = (mass * mass).sum(axis=-1, keepdims=True)
+            squares = here_squares if top is None else squares * shrink * shrink + here_squares
         if gradient:
             here_pull = (mass if slopes is None else mass * slopes) @ weight
             pull = here_pull if pull is None else pull * shrink + here_pull
@@ -147,9 +172,12 @@ def _walk(hidden, targets, head, gradient):
     logp = (target - log_total) * math.log(2)
     # Equal up to rounding: the target's logit comes from another sum than the chunk's.
     hit = target >= top[:, 0] - 1e-5 * mx.abs(top[:, 0])
+    collisions = logp
+    if collision:
+        collisions = ((mx.log2(squares) - 2 * mx.log2(total)) * math.log(2))[:, 0]
     if not gradient:
-        return logp, hit, None
-    return logp, hit, (slope * target_weight - pull / total) * head.scale
+        return logp, hit, collisions, None
+    return logp, hit, collisions, (slope * target_weight - pull / total) * head.scale
 
 
 def trained_log_probs(
@@ -158,7 +186,9 @@ def trained_log_probs(
     parameters: dict,
     logits: Callable[[dict, mx.array], mx.array],
     vocabulary: int,
-) -> tuple[mx.array, mx.array]:
+    *,
+    collision: bool = False,
+) -> TokenScores:
     """`frozen_log_probs` for a head with `parameters` (a tree of arrays) that are trained too.
 
     `logits(parameters, hidden[n, D])` gives [n, V]. Tokens are walked in chunks, and the backward
@@ -171,7 +201,9 @@ def trained_log_probs(
     def piece(parameters, hidden, targets):
         z = logits(parameters, hidden).astype(mx.float32)
         target = mx.take_along_axis(z, targets[:, None], axis=-1)[:, 0]
-        return target - mx.logsumexp(z, axis=-1), target >= z.max(axis=-1)
+        total = mx.logsumexp(z, axis=-1)
+        collisions = mx.logsumexp(2 * z, axis=-1) - 2 * total if collision else target
+        return target - total, target >= z.max(axis=-1), collisions
 
     @mx.custom_function
     def log_probs(parameters, hidden, targets):
@@ -203,4 +235,5 @@ def trained_log_probs(
         grads = tree_map(lambda g, p: g.astype(p.dtype), grads, parameters)
         return grads, mx.concatenate(grad_hidden), None
 
-    return log_probs(parameters, hidden, targets)
+    logp, hit, collisions = log_probs(parameters, hidden, targets)
+    return TokenScores(logp, hit, collisions if collision else None)

@@ -9,12 +9,12 @@ result does not depend on how the examples were packed.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import ClassVar, NamedTuple
 
 import mlx.core as mx
 
-from mlx_align.settings import Settings
+from mlx_align.settings import Settings, setting
 
 
 class Pairs(NamedTuple):
@@ -26,6 +26,18 @@ class Pairs(NamedTuple):
     ref_rejected: mx.array
     chosen_length: mx.array  # scored tokens
     rejected_length: mx.array
+    margin: mx.array  # by how much the data says the chosen one is better; 0 where it does not
+    weight: mx.array  # how much the pair counts
+
+    @property
+    def chosen_ratio(self) -> mx.array:
+        """log pi - log pi_ref of the chosen completions."""
+        return self.chosen - self.ref_chosen
+
+    @property
+    def rejected_ratio(self) -> mx.array:
+        """log pi - log pi_ref of the rejected completions."""
+        return self.rejected - self.ref_rejected
 
 
 class Scores(NamedTuple):
@@ -35,6 +47,13 @@ class Scores(NamedTuple):
     logarithm), hit is bool[M] (the token is the policy's first choice), owner int32[M] names the
     completion, weight float32[M] is 0 for padding. logp, ref_logp and length are float32[N], summed
     over the tokens. Without a reference the ref_ arrays are zeros.
+
+    value, float32[N], is how good the data says a completion is, importance, float32[N], how much its
+    example counts. mean_length is the mean number of scored tokens of an example's first completion
+    over the whole optimizer step: dividing by it makes a sum over tokens, counted in examples, a mean
+    over tokens. collision, float32[M], is log(sum p^2) over the vocabulary where a method asked for
+    it; in_prompt, float32[M], is 1 for tokens of prompts (whose weight is 0), where those are scored;
+    reward, float32[N], is a reward head's score, where there is one.
     """
 
     token: mx.array
@@ -45,9 +64,29 @@ class Scores(NamedTuple):
     logp: mx.array
     ref_logp: mx.array
     length: mx.array
+    value: mx.array
+    importance: mx.array
+    mean_length: float = 1.0
+    collision: mx.array | None = None
+    in_prompt: mx.array | None = None
+    reward: mx.array | None = None
 
     @classmethod
-    def of(cls, token, hit, owner, weight, completions: int, ref_token=None) -> "Scores":
+    def of(
+        cls,
+        token,
+        hit,
+        owner,
+        weight,
+        completions: int,
+        ref_token=None,
+        *,
+        value=None,
+        importance=None,
+        mean_length: float = 1.0,
+        collision=None,
+        in_prompt=None,
+    ) -> "Scores":
         """Sum token scores into completions."""
         ref_token = mx.zeros_like(token) if ref_token is None else ref_token
 
@@ -63,7 +102,23 @@ class Scores(NamedTuple):
             per_completion(token * weight),
             per_completion(ref_token * weight),
             per_completion(weight),
+            mx.zeros((completions,)) if value is None else value,
+            mx.ones((completions,)) if importance is None else importance,
+            mean_length,
+            collision,
+            in_prompt,
         )
+
+    @classmethod
+    def of_rewards(cls, reward, value, importance) -> "Scores":
+        """The scores of a reward head alone; there are no tokens."""
+        nothing, none = mx.zeros((0,)), mx.zeros(reward.shape)
+        return cls(*[nothing] * 5, none, none, none, value, importance, reward=reward)
+
+    @property
+    def mean_logp(self) -> mx.array:
+        """Mean log-probability of a token, by completion."""
+        return self.logp / mx.maximum(self.length, 1)
 
     def pairs(self) -> Pairs:
         """Completions 2i and 2i+1 as chosen and rejected of pair i."""
@@ -74,7 +129,27 @@ class Scores(NamedTuple):
             self.ref_logp[1::2],
             self.length[0::2],
             self.length[1::2],
+            self.value[0::2] - self.value[1::2],
+            self.importance[0::2],
         )
+
+    def scaled(self, factor: mx.array) -> "Scores":
+        """The same with every token's log-probability times `factor` [M] in the sums."""
+        zeros = mx.zeros_like(self.logp)
+        factor = factor * self.weight
+        return self._replace(
+            logp=zeros.at[self.owner].add(self.token * factor),
+            ref_logp=zeros.at[self.owner].add(self.ref_token * factor),
+        )
+
+    def place(self) -> mx.array:
+        """The place of each token in its completion, counted from 0; int32[M]."""
+        starts = mx.cumsum(self.length) - self.length
+        return mx.arange(self.owner.size) - starts.astype(mx.int32)[self.owner]
+
+    def stopped(self) -> "Scores":
+        """The same numbers, through which no gradient flows."""
+        return Scores(*(mx.stop_gradient(x) if isinstance(x, mx.array) else x for x in self))
 
 
 class Loss(NamedTuple):
@@ -87,38 +162,90 @@ class Loss(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Method(Settings):
-    """Base class of all methods; `name` and the rest are set by `@method`."""
+    """Base class of all methods; the class attributes are set by `@method`."""
 
-    name = ""
-    data = ""  # "pairs" or "completions"
-    uses_reference = False
-    learning_rate = 1e-5
-    better = "lower"  # the direction of `monitor` that is better
-    monitor = "loss"
+    name: ClassVar[str] = ""
+    data: ClassVar[str] = ""  # "pairs", "labels" or "completions"
+    learning_rate: ClassVar[float] = 1e-5
+    source: ClassVar[str] = ""
+    # What the model gives: "tokens" (log-probabilities) or "rewards" (of a scalar head).
+    reads: ClassVar[str] = "tokens"
+    # What the loss of a part of the optimizer step needs to know of the whole: nothing (None), the
+    # scores of all its examples ("batch"), or those of their prompts with completions of other
+    # prompts ("mismatched"). Without gradients; `couple` makes of them what the parts are given.
+    coupled: ClassVar[str | None] = None
 
-    def __call__(self, scores: Scores) -> Loss:
+    @property
+    def uses_reference(self) -> bool:
+        """Whether the loss compares the policy with a reference."""
+        return False
+
+    @property
+    def needs_collision(self) -> bool:
+        """Whether the loss needs log(sum p^2) of every token."""
+        return False
+
+    @property
+    def scores_prompts(self) -> bool:
+        """Whether the loss needs the log-probabilities of the prompts' tokens, too."""
+        return False
+
+    @property
+    def needs_margin(self) -> bool:
+        """Whether every pair must come with a margin."""
+        return False
+
+    def advice(self, values: Sequence[float]) -> list[str]:
+        """What to warn of before training; `values` are those of all training completions."""
+        return []
+
+    def couple(self, parts: Sequence[Scores], state: dict) -> tuple[list, dict]:
+        """What each part's loss is given of the whole step, and the run's state after it.
+
+        `state` holds plain JSON numbers that are saved with the checkpoints; it is empty at first.
+        """
+        return [None] * len(parts), state
+
+    def __call__(self, scores: Scores, context=None) -> Loss:
         raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Referenced(Method):
+    """Settings of all methods that hold the policy to a reference."""
+
+    reference: str = setting(
+        "start",
+        "What the policy is held to: start (the model as it is when training starts), none, or "
+        "another model, adapter or run with the same vocabulary.",
+    )
+    sync_every: int = setting(
+        0, "Move the reference towards the policy every n steps; 0 for never (TR-DPO).", minimum=0
+    )
+    sync_weight: float = setting(
+        0.6,
+        "How far the reference moves: reference = w * policy + (1 - w) * reference, of the weights.",
+        above=0,
+        maximum=1,
+    )
+
+    @property
+    def uses_reference(self) -> bool:
+        return self.reference != "none"
 
 
 METHODS: dict[str, type[Method]] = {}
 
 
-def method(
-    name: str,
-    *,
-    data: str,
-    reference: bool,
-    learning_rate: float,
-    source: str,
-) -> Callable[[type], type]:
+def method(name: str, *, data: str, learning_rate: float, source: str) -> Callable[[type], type]:
     """Register a method class under its command name.
 
-    `data` is what it learns from ("pairs" or "completions"), `learning_rate` its default for LoRA,
-    `source` the paper.
+    `data` is what it learns from ("pairs", "labels" or "completions"), `learning_rate` its default for
+    LoRA, `source` the paper.
     """
 
     def register(cls):
-        cls.name, cls.data, cls.uses_reference = name, data, reference
+        cls.name, cls.data = name, data
         cls.learning_rate, cls.source = learning_rate, source
         METHODS[name] = cls
         return cls
@@ -132,5 +259,11 @@ def log_sigmoid(x: mx.array) -> mx.array:
 
 
 def mean_of(values: mx.array) -> tuple[mx.array, mx.array]:
-    """A metric that averages `values`."""
-    return values.sum(), mx.array(float(values.size))
+    """A metric that averages `values`; no gradient flows through it."""
+    return mx.stop_gradient(values).astype(mx.float32).sum(), mx.array(float(values.size))
+
+
+def mean_where(values: mx.array, chosen: mx.array) -> tuple[mx.array, mx.array]:
+    """A metric that averages `values` where `chosen` (bool) holds."""
+    chosen = chosen.astype(mx.float32)
+    return (mx.stop_gradient(values) * chosen).sum(), chosen.sum()

@@ -2,13 +2,15 @@
 
 from dataclasses import dataclass
 
+import mlx.core as mx
+
 from mlx_align.losses.base import Loss, Method, Scores, method
+from mlx_align.settings import setting
 
 
 @method(
     "sft",
     data="completions",
-    reference=False,
     learning_rate=1e-4,
     source="Ouyang et al. 2022, arXiv:2203.02155, section 3.5",
 )
@@ -20,8 +22,21 @@ class SFT(Method):
     (not a mean of means). Of a conversation every assistant turn is scored and nothing else.
     """
 
-    def __call__(self, scores: Scores) -> Loss:
+    loss: str = setting(
+        "nll",
+        "nll, or dft: each token weighted by its own probability, which learns less from what the "
+        "model finds unlikely (dynamic fine-tuning, Wu et al. 2025, arXiv:2508.05629).",
+        choices=("nll", "dft"),
+    )
+
+    def __call__(self, scores: Scores, context=None) -> Loss:
+        weight = scores.weight * scores.importance[scores.owner]
+        nll = -scores.token * weight
+        if self.loss == "dft":
+            nll = mx.stop_gradient(mx.exp(scores.token)) * nll
         tokens = scores.weight.sum()
-        correct = (scores.hit * scores.weight).sum()
-        nll = -(scores.token * scores.weight).sum()
-        return Loss(nll, tokens, {"mean_token_accuracy": (correct, tokens)})
+        metrics = {"mean_token_accuracy": ((scores.hit * scores.weight).sum(), tokens)}
+        if self.loss == "dft":
+            plain = mx.stop_gradient(-(scores.token * scores.weight).sum())
+            metrics["nll_loss"] = (plain, tokens)
+        return Loss(nll.sum(), weight.sum(), metrics)

@@ -57,12 +57,12 @@ def test_frozen_heads(words, biased, scale, softcap):
     def loss(h):
         return (frozen_log_probs(h, mx.array(targets), head)[0] * mx.array(upstream)).sum()
 
-    logp, found = frozen_log_probs(mx.array(hidden), mx.array(targets), head)
+    logp, found, _ = frozen_log_probs(mx.array(hidden), mx.array(targets), head)
     assert np.allclose(logp, expected, atol=2e-5)
     assert np.array_equal(found, hit)
     grad = mx.grad(loss)(mx.array(hidden))
     assert np.allclose(grad, upstream[:, None] * unit, atol=2e-5)
-    alone, _ = frozen_log_probs(mx.array(hidden), mx.array(targets), head, gradient=False)
+    alone, *_ = frozen_log_probs(mx.array(hidden), mx.array(targets), head, gradient=False)
     assert np.allclose(alone, expected, atol=2e-5)
 
 
@@ -72,7 +72,7 @@ def test_half_precision_weights_give_float32_results(dtype):
     weight = np.array(mx.array(weight).astype(dtype).astype(mx.float32))
     hidden = np.array(mx.array(hidden).astype(dtype).astype(mx.float32))
     head = Projection(mx.array(weight).astype(dtype))
-    logp, _ = frozen_log_probs(mx.array(hidden).astype(dtype), mx.array(targets), head)
+    logp, *_ = frozen_log_probs(mx.array(hidden).astype(dtype), mx.array(targets), head)
     assert logp.dtype == mx.float32
     assert np.allclose(logp, reference(hidden, weight, None, targets)[0], atol=2e-5)
 
@@ -83,14 +83,14 @@ def test_quantised_heads_equal_their_dequantised_weights(bits):
     packed, scales, biases = mx.quantize(mx.array(weight), group_size=32, bits=bits)
     dense = np.array(mx.dequantize(packed, scales, biases, group_size=32, bits=bits))
     head = Projection(packed, (scales, biases, 32, bits, "affine"))
-    logp, _ = frozen_log_probs(mx.array(hidden), mx.array(targets), head)
+    logp, *_ = frozen_log_probs(mx.array(hidden), mx.array(targets), head)
     assert np.allclose(logp, reference(hidden, dense, None, targets)[0], atol=2e-5)
 
 
 def test_extreme_logits_stay_finite():
     hidden, weight, _, targets, _ = problem()
     head = Projection(mx.array(weight * 300))
-    logp, _ = frozen_log_probs(mx.array(hidden), mx.array(targets), head)
+    logp, *_ = frozen_log_probs(mx.array(hidden), mx.array(targets), head)
     expected = reference(hidden, weight * 300, None, targets)[0]
     assert np.isfinite(np.array(logp)).all()
     assert np.allclose(logp, expected, rtol=1e-4, atol=1e-3)
@@ -104,7 +104,7 @@ def test_trained_heads_get_all_gradients():
         return h @ p["weight"].T + p["bias"]
 
     def chunked(p, h):
-        logp, _ = trained_log_probs(h, mx.array(targets), p, logits, len(weight))
+        logp, *_ = trained_log_probs(h, mx.array(targets), p, logits, len(weight))
         return (logp * mx.array(upstream)).sum()
 
     def full(p, h):
