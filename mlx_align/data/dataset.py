@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,6 +12,7 @@ from mlx_align.data.jsonl import find_files, read_rows, summarise
 from mlx_align.data.records import (
     ChatRecord,
     CompletionRecord,
+    LabelRecord,
     PairRecord,
     Problem,
     Record,
@@ -19,6 +20,7 @@ from mlx_align.data.records import (
     Unfit,
     parse_record,
 )
+from mlx_align.data.spellings import parse_fields, rename
 from mlx_align.data.template import Encoder, Example
 from mlx_align.demo import DEMO
 from mlx_align.errors import DataError
@@ -26,12 +28,14 @@ from mlx_align.settings import Settings, setting
 
 KINDS = {
     PairRecord: "preference pairs (prompt, chosen, rejected)",
+    LabelRecord: "completions judged good or bad (prompt, completion, label)",
     CompletionRecord: "prompts with one completion",
     ChatRecord: "conversations (messages)",
     TextRecord: "plain text",
 }
 ACCEPTS = {
     "pairs": (PairRecord,),
+    "labels": (LabelRecord,),
     "completions": (ChatRecord, CompletionRecord, TextRecord),
 }
 SHOWN_LINES = 12
@@ -47,6 +51,15 @@ class DataSettings(Settings):
         "set; demo is the data that comes along.",
     )
     valid_data: str | None = setting(None, "File of held-out examples, instead of a split.")
+    field: tuple[str, ...] = setting(
+        (),
+        "Columns under other names, as NAME=COLUMN: label=rating, prompt=meta.question, "
+        "margin=score_chosen-score_rejected.",
+    )
+    unpair: bool = setting(
+        False,
+        "Take preference pairs as judged completions, the chosen ones good and the rejected ones bad.",
+    )
     split: str | None = setting(
         None, "Name of the split to train on, where a folder or Hub data set has several."
     )
@@ -132,14 +145,19 @@ class Dataset:
         """Hash of all examples in order: what a resumed run must find again."""
         digest = hashlib.sha256()
         for part in (self.train, self.valid):
-            digest.update(b"".join(bytes.fromhex(e.uid) for e in part) + b"|")
+            for e in part:
+                digest.update(bytes.fromhex(e.uid) + repr((e.values, e.weight)).encode())
+            digest.update(b"|")
         return digest.hexdigest()[:32]
 
 
-def read_records(files: Iterable, report: DataReport) -> list[Record]:
+def read_records(
+    files: Iterable, report: DataReport, fields: Sequence[tuple[str, str]] = ()
+) -> list[Record]:
     """All usable records of some files; what is left out goes into the report.
 
-    Raises `DataError` with the first malformed lines and their number.
+    `fields` are other names for columns, as `spellings.parse_fields` gives them. Raises `DataError`
+    with the first malformed lines and their number.
     """
     records, errors = [], []
     for file in files:
@@ -147,7 +165,7 @@ def read_records(files: Iterable, report: DataReport) -> list[Record]:
             for origin, row in read_rows(file):
                 report.rows += 1
                 try:
-                    records.append(parse_record(row, origin))
+                    records.append(parse_record(rename(row, fields, origin), origin))
                 except Unfit as unfit:
                     report.problems.append(Problem(unfit.kind, origin))
                 except DataError as error:
@@ -175,25 +193,39 @@ def encode_records(
 
 
 def load_dataset(
-    settings: DataSettings, encoder: Encoder, *, kind: str, method: str, seed: int
+    settings: DataSettings,
+    encoder: Encoder,
+    *,
+    kind: str,
+    method: str,
+    seed: int,
+    needs_margin: bool = False,
 ) -> Dataset:
     """Read, check, encode and split the data that the settings name.
 
-    `kind` is what the method learns from ("pairs" or "completions"). Raises `DataError` when a file
-    is malformed, of another kind, or leaves nothing to learn from.
+    `kind` is what the method learns from ("pairs", "labels" or "completions"). Raises `DataError` when
+    a file is malformed, of another kind, or leaves nothing to learn from.
     """
-    accepts = ACCEPTS[kind]
     source = str(demo.data_folder(kind)) if settings.data == DEMO else settings.data
+    unpair = settings.unpair or (settings.data == DEMO and kind == "labels")
+    fields = parse_fields(settings.field)
     files = find_files(source, settings.split)
     report = DataReport(settings.data)
-    records = read_records(files["train"], report)
-    _check_kind(records, accepts, method, report)
+
+    def usable(files):
+        records = read_records(files, report, fields)
+        if kind == "labels" and unpair:
+            records = [r for record in records for r in _unpaired(record)]
+        _check_kind(records, kind, method, report)
+        if needs_margin:
+            _check_margins(records, method)
+        return records
+
+    records = usable(files["train"])
     held_out = _held_out_files(settings, files)
     if held_out:
         train = encode_records(records, encoder, report)
-        other = read_records(held_out, report)
-        _check_kind(other, accepts, method, report)
-        valid = encode_records(other, encoder, report)
+        valid = encode_records(usable(held_out), encoder, report)
     else:
         examples = encode_records(records, encoder, report)
         train, valid = split_by_prompt(examples, settings.valid_share, seed)
@@ -209,7 +241,22 @@ def _held_out_files(settings, files):
     return files.get("valid") or files.get("test")
 
 
-def _check_kind(records, accepts, method, report):
+def _unpaired(record):
+    return record.unpaired() if isinstance(record, PairRecord) else (record,)
+
+
+def _check_margins(records, method):
+    lacking = next((r for r in records if r.margin is None), None)
+    if lacking is not None:
+        raise DataError(
+            f'{lacking.origin}: has no "margin". {method} learns how much better the chosen completion '
+            'is; give every row a number "margin", or name columns: '
+            "--field margin=score_chosen-score_rejected."
+        )
+
+
+def _check_kind(records, kind, method, report):
+    accepts = ACCEPTS[kind]
     counts = Counter(type(r) for r in records)
     if not counts:
         return
@@ -219,14 +266,18 @@ def _check_kind(records, accepts, method, report):
         wanted = " or ".join(KINDS[t] for t in accepts)
         raise DataError(
             f"{wrong.origin}: this row is of the kind: {KINDS[type(wrong)]}. "
-            f"{method} learns from {wanted}.{_advice(type(wrong))}"
+            f"{method} learns from {wanted}.{_advice(type(wrong), kind)}"
         )
 
 
-def _advice(kind) -> str:
-    if kind is PairRecord:
-        return " For preference pairs use: mlx-align dpo."
-    return " For this kind of data use: mlx-align sft."
+def _advice(found, wanted: str) -> str:
+    if found is PairRecord and wanted == "labels":
+        return (
+            " To take the chosen completions as good and the rejected ones as bad, add --unpair; the "
+            "method made for pairs is: mlx-align dpo."
+        )
+    fitting = {PairRecord: "dpo", LabelRecord: "kto"}.get(found, "sft")
+    return f" For this kind of data use: mlx-align {fitting}."
 
 
 def split_by_prompt(

@@ -35,9 +35,13 @@ class Batch(NamedTuple):
     """B rows of T tokens with M predictions for N completions.
 
     tokens, positions, ends are int32[B, T]; source (an index into the flattened rows), target and
-    owner int32[M]; weight float32[M] is 1 for a prediction and 0 for padding. `segments` is empty
-    for rows that hold one completion each, without sharing. Completions of one example lie side by
-    side; `examples` names them in order.
+    owner int32[M]; weight float32[M] is 1 for a prediction and 0 for padding. `last`, int32[N], is
+    where each completion's last token stands in the flattened rows. `segments` is empty for rows that
+    hold one completion each, without sharing. Completions of one example lie side by side; `examples`
+    names them in order.
+
+    Where prompts are predicted too, their predictions stand behind those of the completions, with
+    weight 0 and the example's first completion as owner; in_prompt, float32[M], is 1 for them.
     """
 
     tokens: np.ndarray
@@ -47,6 +51,8 @@ class Batch(NamedTuple):
     target: np.ndarray
     owner: np.ndarray
     weight: np.ndarray
+    in_prompt: np.ndarray
+    last: np.ndarray
     segments: tuple[Segment, ...]
     examples: tuple[Example, ...]
 
@@ -61,14 +67,14 @@ class Batch(NamedTuple):
         return sum(sum(e.lengths) for e in self.examples)
 
 
-def pack(examples: Sequence[Example], multiple: int = 1) -> Batch:
+def pack(examples: Sequence[Example], multiple: int = 1, *, prompts: bool = False) -> Batch:
     """One row that holds all examples, each prompt once.
 
     T and M are padded to a multiple of `multiple`, so that a backend that prefers few shapes sees
     few.
     """
     tokens, positions, ends, segments = [], [], [], []
-    source, target, owner = [], [], []
+    table, last = _Table(prompts), []
     at, completion = 0, 0
     for example in examples:
         root, size = len(segments), len(example.prompt)
@@ -77,6 +83,7 @@ def pack(examples: Sequence[Example], multiple: int = 1) -> Batch:
         positions.append(np.arange(size))
         ends.append(np.full(size, at + example.packed_length))
         last_of_prompt = at + size - 1
+        table.prompt(at, example.prompt, completion)
         at += size
         for ids, scored in zip(example.completions, example.scored, strict=True):
             segments.append(Segment(0, at, at + len(ids), root))
@@ -84,39 +91,40 @@ def pack(examples: Sequence[Example], multiple: int = 1) -> Batch:
             positions.append(size + np.arange(len(ids)))
             ends.append(np.full(len(ids), at + len(ids)))
             sources = np.concatenate([[last_of_prompt], at + np.arange(len(ids) - 1)])
-            source.append(sources[scored])
-            target.append(ids[scored])
-            owner.append(np.full(int(scored.sum()), completion))
+            table.completion(sources[scored], ids[scored], completion)
             at += len(ids)
+            last.append(at - 1)
             completion += 1
     return Batch(
         *(_row(parts, multiple) for parts in (tokens, positions, ends)),
-        *_table(source, target, owner, multiple),
+        *table.arrays(multiple),
+        np.array(last, np.int32),
         tuple(segments),
         tuple(examples),
     )
 
 
-def pad(examples: Sequence[Example], multiple: int = 1) -> Batch:
+def pad(examples: Sequence[Example], multiple: int = 1, *, prompts: bool = False) -> Batch:
     """One row a completion, the prompt repeated, padded on the right: for models without packing."""
     rows = [np.concatenate([e.prompt, c]) for e in examples for c in e.completions]
     width = _round_up(max(len(row) for row in rows), multiple)
     tokens = np.zeros((len(rows), width), np.int32)
     ends = np.zeros((len(rows), width), np.int32)
-    source, target, owner = [], [], []
+    table, last = _Table(prompts), []
     row = 0
     for example in examples:
         before = len(example.prompt)
+        table.prompt(row * width, example.prompt, row)
         for ids, scored in zip(example.completions, example.scored, strict=True):
             tokens[row, : before + len(ids)] = rows[row]
             ends[row, : before + len(ids)] = before + len(ids)
-            source.append((row * width + before - 1 + np.arange(len(ids)))[scored])
-            target.append(ids[scored])
-            owner.append(np.full(int(scored.sum()), row))
+            sources = row * width + before - 1 + np.arange(len(ids))
+            table.completion(sources[scored], ids[scored], row)
+            last.append(row * width + before + len(ids) - 1)
             row += 1
     positions = np.broadcast_to(np.arange(width, dtype=np.int32), tokens.shape)
-    table = _table(source, target, owner, multiple)
-    return Batch(tokens, positions, ends, *table, (), tuple(examples))
+    last = np.array(last, np.int32)
+    return Batch(tokens, positions, ends, *table.arrays(multiple), last, (), tuple(examples))
 
 
 def _row(parts, multiple):
@@ -124,12 +132,30 @@ def _row(parts, multiple):
     return np.pad(row, (0, _round_up(len(row), multiple) - len(row)))[None]
 
 
-def _table(source, target, owner, multiple):
-    source, target, owner = (np.concatenate(x).astype(np.int32) for x in (source, target, owner))
-    rows = len(source)
-    extra = (0, _round_up(rows, multiple) - rows)
-    weight = np.pad(np.ones(rows, np.float32), extra)
-    return np.pad(source, extra), np.pad(target, extra), np.pad(owner, extra), weight
+class _Table:
+    """Collects the rows of the prediction table: (source, target, owner) of completions and prompts."""
+
+    def __init__(self, prompts: bool):
+        self._completions: list = []
+        self._prompts: list | None = [] if prompts else None
+
+    def completion(self, source, target, owner):
+        self._completions.append((source, target, np.full(len(target), owner)))
+
+    def prompt(self, start, ids, owner):
+        if self._prompts is not None:
+            sources = start + np.arange(len(ids) - 1)
+            self._prompts.append((sources, ids[1:], np.full(len(ids) - 1, owner)))
+
+    def arrays(self, multiple):
+        """source, target, owner, weight, in_prompt, padded."""
+        parts = [*self._completions, *(self._prompts or ())]
+        columns = [np.concatenate(c).astype(np.int32) for c in zip(*parts, strict=True)]
+        weight = np.zeros(len(columns[0]), np.float32)
+        scored = sum(len(owner) for _, _, owner in self._completions)
+        weight[:scored] = 1
+        extra = (0, _round_up(len(weight), multiple) - len(weight))
+        return [np.pad(c, extra) for c in (*columns, weight)] + [np.pad(1 - weight, extra)]
 
 
 def _round_up(n: int, multiple: int) -> int:

@@ -2,20 +2,25 @@
 
     {"prompt": ..., "chosen": ..., "rejected": ...}   PairRecord   (text or message lists)
     {"chosen": ..., "rejected": ...}                  PairRecord   (the common prompt is inside both)
+    {"prompt": ..., "completion": ..., "label": ...}  LabelRecord  (a thumb up or down)
     {"prompt": ..., "completion": ...}                CompletionRecord
     {"messages": [...]}                               ChatRecord
     {"text": ...}                                     TextRecord
 
-A record still holds text. Tokenizers and templates are the business of `data.template`.
+The spellings of other tools (ShareGPT, Alpaca, OpenAI's preference files) are brought into these
+shapes first, by `data.spellings`. A record still holds text; tokenizers and templates are the business
+of `data.template`.
 
 A row that is not of any of these shapes is an error. A row that is, but that nothing can be learnt
 from (an empty completion, two prompts that differ), is a `Problem`: it is dropped and counted.
 """
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from mlx_align.data.spellings import canonical_row
 from mlx_align.errors import DataError
 
 Message = dict
@@ -24,9 +29,21 @@ Text = str | tuple[Message, ...]
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
+class _Whole:
+    """What most records are when they are scored as a whole: themselves."""
+
+    def whole(self) -> "Record":
+        """The record whose completions are whole answers, where it is a conversation of several."""
+        return self
+
+
 @dataclass(frozen=True)
-class PairRecord:
-    """One prompt, a preferred and a dispreferred completion."""
+class PairRecord(_Whole):
+    """One prompt, a preferred and a dispreferred completion.
+
+    `margin` says by how much the preferred one is better, where the data knows; `weight` how much
+    the row counts.
+    """
 
     prompt: Text
     chosen: Text
@@ -34,10 +51,33 @@ class PairRecord:
     origin: str
     tools: tuple | None = None
     template_args: tuple[tuple[str, object], ...] = ()
+    weight: float = 1.0
+    margin: float | None = None
+
+    def unpaired(self) -> "tuple[LabelRecord, LabelRecord]":
+        """The pair as a good and a bad completion of its prompt."""
+        rest = (self.origin, self.tools, self.template_args, self.weight)
+        return (
+            LabelRecord(self.prompt, self.chosen, True, *rest),
+            LabelRecord(self.prompt, self.rejected, False, *rest),
+        )
 
 
 @dataclass(frozen=True)
-class CompletionRecord:
+class LabelRecord(_Whole):
+    """One prompt and a completion judged good or bad."""
+
+    prompt: Text
+    completion: Text
+    label: bool
+    origin: str
+    tools: tuple | None = None
+    template_args: tuple[tuple[str, object], ...] = ()
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class CompletionRecord(_Whole):
     """One prompt and the completion to learn."""
 
     prompt: Text
@@ -45,27 +85,37 @@ class CompletionRecord:
     origin: str
     tools: tuple | None = None
     template_args: tuple[tuple[str, object], ...] = ()
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
-class ChatRecord:
+class ChatRecord(_Whole):
     """A conversation whose assistant turns are to be learnt."""
 
     messages: tuple[Message, ...]
     origin: str
     tools: tuple | None = None
     template_args: tuple[tuple[str, object], ...] = ()
+    weight: float = 1.0
+
+    def whole(self) -> "CompletionRecord":
+        """The last answer as the completion of everything before it."""
+        if len(self.messages) < 2 or self.messages[-1]["role"] != "assistant":
+            raise Unfit("a conversation that does not end with an answer")
+        rest = (self.origin, self.tools, self.template_args, self.weight)
+        return CompletionRecord(self.messages[:-1], self.messages[-1:], *rest)
 
 
 @dataclass(frozen=True)
-class TextRecord:
+class TextRecord(_Whole):
     """Plain text, every token of which is to be learnt."""
 
     text: str
     origin: str
+    weight: float = 1.0
 
 
-Record = PairRecord | CompletionRecord | ChatRecord | TextRecord
+Record = PairRecord | LabelRecord | CompletionRecord | ChatRecord | TextRecord
 
 
 @dataclass(frozen=True)
@@ -95,9 +145,11 @@ def parse_record(row, origin: str) -> Record:
     """
     if not isinstance(row, Mapping):
         raise DataError(f"{origin}: a row must be a JSON object, not {type(row).__name__}")
-    row = {key: value for key, value in row.items() if value is not None}
+    row = canonical_row({k: v for k, v in row.items() if v is not None}, origin)
     if "chosen" in row or "rejected" in row:
         return _pair(row, origin)
+    if "label" in row and ("completion" in row or "messages" in row):
+        return _label(row, origin)
     if "messages" in row:
         messages = _with_system(_messages(row["messages"], "messages", origin), row)
         return ChatRecord(messages, origin, *_extras(row, origin))
@@ -111,11 +163,12 @@ def parse_record(row, origin: str) -> Record:
             raise DataError(f'{origin}: "text" must be a string, not {type(text).__name__}')
         if not text.strip():
             raise Unfit("empty text")
-        return TextRecord(text, origin)
+        return TextRecord(text, origin, _number(row, "weight", origin, 1.0))
     keys = ", ".join(sorted(map(str, row))) or "nothing"
     raise DataError(
         f"{origin}: no known kind of row (its keys: {keys}). Expected prompt/chosen/rejected, "
-        "chosen/rejected, prompt/completion, messages, or text."
+        "chosen/rejected, prompt/completion/label, prompt/completion, messages, or text; other names "
+        "are told with --field, for example --field completion=answer."
     )
 
 
@@ -150,7 +203,56 @@ def _pair(row, origin) -> PairRecord:
             raise Unfit(f"empty {name}")
     if chosen == rejected:
         raise Unfit("chosen equals rejected")
-    return PairRecord(_with_system(prompt, row), chosen, rejected, origin, *extras)
+    margin = _number(row, "margin", origin, None)
+    return PairRecord(_with_system(prompt, row), chosen, rejected, origin, *extras, margin)
+
+
+# What people and programs write for a thumb up and a thumb down, in lower case.
+_UP = frozenset(
+    (
+        "true", "1", "1.0", "+1", "up", "thumbs_up", "thumbs up", "thumb_up", "like", "liked", "good",
+        "yes", "positive", "desirable", "chosen", "accepted", "correct", "👍",
+    )
+)  # fmt: skip
+_DOWN = frozenset(
+    (
+        "false", "0", "0.0", "-1", "-1.0", "down", "thumbs_down", "thumbs down", "thumb_down",
+        "dislike", "disliked", "bad", "no", "negative", "undesirable", "rejected", "incorrect", "👎",
+    )
+)  # fmt: skip
+
+
+def _label(row, origin) -> LabelRecord:
+    word = str(row["label"]).strip().lower()
+    if word not in _UP | _DOWN:
+        raise DataError(
+            f'{origin}: "label" is {row["label"]!r}. It must say good or bad: true or false, 1 or 0 (or '
+            "-1), up or down, good or bad."
+        )
+    if "completion" in row:
+        prompt = _with_system(_prompt(row, origin), row)
+        completion = _completion(row["completion"], "completion", origin)
+    else:
+        messages = _with_system(_messages(row["messages"], "messages", origin), row)
+        if len(messages) < 2 or messages[-1]["role"] != "assistant":
+            raise Unfit("labelled messages that do not end with an answer")
+        prompt, completion = messages[:-1], messages[-1:]
+    return LabelRecord(prompt, completion, word in _UP, origin, *_extras(row, origin))
+
+
+def _number(row, key, origin, default):
+    """A finite number in a column, or the default where there is none. A weight is not negative."""
+    if key not in row:
+        return default
+    value = row[key]
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if isinstance(value, bool) or not math.isfinite(number) or (key == "weight" and number < 0):
+        kind = "a number of at least 0" if key == "weight" else "a number"
+        raise DataError(f'{origin}: "{key}" is {value!r}, not {kind}')
+    return number
 
 
 def _split_implicit_text(chosen: str, rejected: str) -> tuple[str, str, str]:
@@ -233,7 +335,11 @@ def _messages(value, key, origin) -> tuple[Message, ...]:
         message = {k: v for k, v in message.items() if v is not None}
         content = message.setdefault("content", "")
         if isinstance(content, list):
-            parts = [part for part in content if part.get("type", "text") == "text"]
+            parts = [
+                part
+                for part in content
+                if isinstance(part, Mapping) and part.get("type", "text") == "text"
+            ]
             if len(parts) != len(content):
                 raise DataError(f'{origin}: "{key}"[{i}] has parts that are not text')
             message["content"] = "".join(part.get("text", "") for part in parts)
@@ -243,8 +349,8 @@ def _messages(value, key, origin) -> tuple[Message, ...]:
     return tuple(messages)
 
 
-def _extras(row, origin) -> tuple[tuple | None, tuple]:
-    """The `tools` column (a list, or JSON text of one) and the `chat_template_kwargs` column."""
+def _extras(row, origin) -> tuple[tuple | None, tuple, float]:
+    """The `tools` column (a list, or JSON text of one), `chat_template_kwargs`, and `weight`."""
     tools = row.get("tools")
     if isinstance(tools, str):
         import json
@@ -258,7 +364,10 @@ def _extras(row, origin) -> tuple[tuple | None, tuple]:
     arguments = row.get("chat_template_kwargs") or {}
     if not isinstance(arguments, Mapping):
         raise DataError(f'{origin}: "chat_template_kwargs" must be an object')
-    return (tuple(tools) if tools else None), tuple(sorted(arguments.items()))
+    weight = _number(row, "weight", origin, 1.0)
+    if weight == 0:
+        raise Unfit("weight 0")
+    return (tuple(tools) if tools else None), tuple(sorted(arguments.items())), weight
 
 
 def is_empty(text: Text) -> bool:

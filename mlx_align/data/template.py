@@ -21,6 +21,7 @@ import numpy as np
 from mlx_align.data.records import (
     ChatRecord,
     CompletionRecord,
+    LabelRecord,
     Message,
     PairRecord,
     Record,
@@ -45,7 +46,9 @@ class Example:
     """A prompt with K completions, as token ids.
 
     `prompt` is int32[P] with P >= 1, `completions` are int32[C_k], `scored` are bool[C_k]: the
-    tokens that count. `uid` is a hash of all of these: equal content, equal uid.
+    tokens that count. `uid` is a hash of all of these: equal content, equal uid. `values` says how
+    good each completion is, where the data knows (a label 1 or 0, a reward; of a pair only the
+    difference counts, its margin), `weight` how much the example counts.
     """
 
     uid: str
@@ -53,6 +56,8 @@ class Example:
     completions: tuple[np.ndarray, ...]
     scored: tuple[np.ndarray, ...]
     origin: str
+    values: tuple[float, ...] = ()
+    weight: float = 1.0
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -65,7 +70,7 @@ class Example:
         return len(self.prompt) + sum(len(c) for c in self.completions)
 
 
-def make_example(prompt, completions, scored, origin) -> Example:
+def make_example(prompt, completions, scored, origin, values=(), weight=1.0) -> Example:
     """An `Example` from lists of ids and masks."""
     prompt = np.asarray(prompt, np.int32)
     completions = tuple(np.asarray(c, np.int32) for c in completions)
@@ -73,7 +78,7 @@ def make_example(prompt, completions, scored, origin) -> Example:
     digest = hashlib.blake2b(digest_size=16)
     for array in (prompt, *completions, *scored):
         digest.update(np.int64(array.size).tobytes() + array.tobytes())
-    return Example(digest.hexdigest(), prompt, completions, scored, origin)
+    return Example(digest.hexdigest(), prompt, completions, scored, origin, tuple(values), weight)
 
 
 # -- chat templates --------------------------------------------------------------------------------
@@ -229,6 +234,7 @@ class Encoder:
 
     `counts` tells how often something had to be changed: rows truncated, boundaries that a joint
     tokenisation would have merged, conversations split because the template rewrites earlier turns.
+    Without `truncate` a row that is too long is left out instead of cut.
     """
 
     def __init__(
@@ -239,10 +245,12 @@ class Encoder:
         template=None,
         prompt_format: str = "auto",
         thinking: bool | None = None,
+        truncate: bool = True,
     ):
         self.tokenizer = tokenizer
         self.template = template
         self.max_length = max_length
+        self.truncate = truncate
         self.prompt_format = prompt_format
         self.arguments = () if thinking is None else (("enable_thinking", thinking),)
         self.counts: Counter[str] = Counter()
@@ -262,7 +270,10 @@ class Encoder:
         """The examples of one record, usually one. Raises `Unfit` for a row to be left out."""
         match record:
             case PairRecord():
-                return [self._pair(record, (record.chosen, record.rejected))]
+                margin = () if record.margin is None else (record.margin, 0.0)
+                return [self._pair(record, (record.chosen, record.rejected), margin)]
+            case LabelRecord():
+                return [self._pair(record, (record.completion,), (float(record.label),))]
             case CompletionRecord():
                 return [self._pair(record, (record.completion,))]
             case ChatRecord():
@@ -283,9 +294,9 @@ class Encoder:
         if len(ids) < 2:
             raise Unfit("a text of one token")
         start = max(len(self.prefix), 1)
-        return self._limit(ids[:start], [ids[start:]], [None], record.origin)
+        return self._limit(ids[:start], [ids[start:]], [None], record)
 
-    def _pair(self, record, completions):
+    def _pair(self, record, completions, values=()):
         turns = self._as_turns(record.prompt)
         if turns is None:
             prompt_text, texts = record.prompt, completions
@@ -300,7 +311,7 @@ class Encoder:
         tails = [self._tail(prompt[len(prefix) :], prompt_text, text) for text in texts]
         for ids in tails:
             self._append_eos(ids) if turns is None else self._trim(ids)
-        return self._limit(prompt, tails, [None] * len(tails), record.origin)
+        return self._limit(prompt, tails, [None] * len(tails), record, values)
 
     def _chat(self, record):
         if self.template is None:
@@ -321,6 +332,7 @@ class Encoder:
                         record.origin,
                         record.tools,
                         record.template_args,
+                        record.weight,
                     ),
                     (record.messages[i : i + 1],),
                 )
@@ -333,7 +345,7 @@ class Encoder:
         if not scored.any():
             raise Unfit("no assistant turn with text")
         first, last = bounds[0], int(np.flatnonzero(scored)[-1]) + 1
-        return [self._limit(ids[:first], [ids[first:last]], [scored[first:last]], record.origin)]
+        return [self._limit(ids[:first], [ids[first:last]], [scored[first:last]], record)]
 
     def _spans(self, record, turns) -> tuple[str, list[int]]:
         """The conversation's text, and begin and end of each assistant turn in it (characters)."""
@@ -464,10 +476,12 @@ class Encoder:
             del ids[last + 1 :]
         return ids
 
-    def _limit(self, prompt, completions, scored, origin) -> Example:
+    def _limit(self, prompt, completions, scored, record, values=()) -> Example:
         room = self.max_length - len(prompt)
         if room <= 0:
             raise Unfit(f"prompt fills the length limit of {self.max_length} tokens")
+        if not self.truncate and any(len(ids) > room for ids in completions):
+            raise Unfit(f"longer than the length limit of {self.max_length} tokens")
         cut, masks = [], []
         for ids, mask in zip(completions, scored, strict=True):
             mask = np.ones(len(ids), bool) if mask is None else mask
@@ -479,7 +493,7 @@ class Encoder:
                 raise Unfit(f"no scored token within {self.max_length} tokens")
         if len(cut) > 1 and all(np.array_equal(cut[0], other) for other in cut[1:]):
             raise Unfit("chosen equals rejected once tokenised and truncated")
-        return make_example(prompt, cut, masks, origin)
+        return make_example(prompt, cut, masks, record.origin, values, record.weight)
 
 
 class _Rewritten(Exception):

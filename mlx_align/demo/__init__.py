@@ -9,7 +9,13 @@ DEMO = "demo"
 _HERE = Path(__file__).parent
 
 # A model this small wants larger steps than the ones it stands for.
-SETTINGS = {"sft": {"learning_rate": 1e-3}, "dpo": {"learning_rate": 5e-4}}
+_LEARNING_RATES = {"sft": 1e-3, "reward": 1e-3}
+_LEARNING_RATE = 5e-4
+
+
+def settings(method: str) -> dict:
+    """Settings that suit the demo model, where a run does not say otherwise."""
+    return {"learning_rate": _LEARNING_RATES.get(method, _LEARNING_RATE)}
 
 
 def model_folder() -> Path:
@@ -18,8 +24,8 @@ def model_folder() -> Path:
 
 
 def data_folder(kind: str) -> Path:
-    """Training and held-out data of a kind: "pairs" or "completions"."""
-    return _HERE / "data" / kind
+    """Training and held-out data of a kind: "pairs" (also for "labels") or "completions"."""
+    return _HERE / "data" / ("completions" if kind == "completions" else "pairs")
 
 
 def evaluation_folder() -> Path:
