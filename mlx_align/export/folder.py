@@ -10,6 +10,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_align.data.template import added_tokens
 from mlx_align.errors import ExportError
 from mlx_align.export.fuse import check_exportable, fused_tensors
 from mlx_align.files import replace_folder, write_json
@@ -39,7 +40,7 @@ def export_folder(loaded: LoadedModel, output: Path, *, flavour: str, dtype: str
     temporary.mkdir(parents=True)
     try:
         _write_weights(loaded, temporary, kind, "pt" if flavour == "hf" else "mlx")
-        write_json(temporary / "config.json", fused_config(loaded, kind))
+        write_json(temporary / "config.json", {**fused_config(loaded, kind), **_classifier(loaded)})
         write_json(temporary / "generation_config.json", generation_config(loaded))
         copy_tokenizer(loaded, temporary)
     except OSError as error:
@@ -62,6 +63,9 @@ def _write_weights(loaded, folder, dtype, format_name):
             shard, size = {}, 0
 
     for name, array in fused_tensors(loaded.model):
+        if "score" in loaded.model and name.startswith("lm_head."):
+            # A reward model has another head.
+            continue
         if mx.issubdtype(array.dtype, mx.floating):
             array = array.astype(dtype)
         mx.eval(array)
@@ -95,6 +99,30 @@ def fused_config(loaded: LoadedModel, dtype: mx.Dtype) -> dict:
     return {**config, "torch_dtype": name, "dtype": name}
 
 
+def _classifier(loaded: LoadedModel) -> dict:
+    """What the config of a reward model says besides: transformers' sequence classification."""
+    if "score" not in loaded.model:
+        return {}
+    # transformers reads the score off the last token that is not padding, so padding must not be
+    # what a completion ends with.
+    ends, tokenizer = loaded.tokenizer.eos_token_ids, loaded.tokenizer
+    choices = [tokenizer.pad_token_id, tokenizer.unk_token_id, *sorted(added_tokens(tokenizer))]
+    pad = next((t for t in choices if t is not None and t not in ends), None)
+    if pad is None:
+        raise ExportError(
+            f"{loaded.name}: its tokenizer has no token for padding that does not also end a text, and "
+            "transformers would read scores off the wrong token"
+        )
+    kind = loaded.config["model_type"]
+    return {
+        "architectures": [f"{SAME_NAMES[kind]}ForSequenceClassification"],
+        "num_labels": 1,
+        "id2label": {"0": "reward"},
+        "label2id": {"reward": 0},
+        "pad_token_id": pad,
+    }
+
+
 def generation_config(loaded: LoadedModel) -> dict:
     """The base's generation settings, ending at every id that the model was trained to end with."""
     path = loaded.path / "generation_config.json"
@@ -125,6 +153,13 @@ def copy_tokenizer(loaded: LoadedModel, folder: Path) -> None:
         if backend is not None:
             backend.save(str(folder / "tokenizer.json"))
     source = loaded.template.source if loaded.template is not None else None
+    if source and "score" in loaded.model:
+        # Training ends a text with the token that ends a turn and reads the score there; many templates
+        # put a newline behind it.
+        source = (
+            "{% set rendered %}" + source + "{% endset %}"
+            "{{ rendered if add_generation_prompt else rendered.rstrip() }}"
+        )
     if source:
         (folder / "chat_template.jinja").write_text(source, encoding="utf-8")
         path = folder / "tokenizer_config.json"

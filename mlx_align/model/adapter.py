@@ -28,9 +28,15 @@ class AdapterSettings(Settings):
 
     fine_tune: str = setting(
         "lora",
-        "What to train: low-rank updates (lora), with magnitudes (dora), or every weight (full).",
-        choices=("lora", "dora", "full"),
+        "What to train: low-rank updates (lora), with magnitudes (dora), every weight (full), or only "
+        "the reward head on the frozen model (head).",
+        choices=("lora", "dora", "full", "head"),
         aliases=("fine_tune_type",),
+    )
+    start: str | None = setting(
+        None,
+        "Run or adapter to go on from, on the same base; its rank and layers are kept, and the "
+        "reference is the model that wears it. --model RUN says the same.",
     )
     lora_rank: int = setting(8, "Rank of the updates.", minimum=1)
     lora_scale: float = setting(
@@ -93,6 +99,17 @@ class Adapter:
     def size(self) -> int:
         """Number of trained values."""
         return sum(x.size for _, x in tree_flatten(self.parameters()))
+
+    @contextlib.contextmanager
+    def wearing(self, weights: dict[str, mx.array]):
+        """While this is open the model has other arrays, by name, in the places of some of its own."""
+        own = self.weights()
+        kept = [(name, own[name]) for name in weights]
+        self.model.update(tree_unflatten(list(weights.items())))
+        try:
+            yield
+        finally:
+            self.model.update(tree_unflatten(kept))
 
     @contextlib.contextmanager
     def off(self):
@@ -159,6 +176,15 @@ def wear_adapter(model: nn.Module, settings: AdapterSettings, seed: int) -> Adap
     """
     mx.random.seed(seed)
     model.freeze()
+    reward_head = model.get("score")
+    if reward_head is not None:
+        reward_head.unfreeze()
+    if settings.fine_tune == "head":
+        if reward_head is None:
+            raise SettingsError(
+                "fine_tune: head trains a reward head, which only reward models have"
+            )
+        return Adapter(model, "head", [])
     if settings.fine_tune == "full":
         if any(hasattr(m, "bits") for m in model.modules()):
             raise SettingsError(
@@ -237,19 +263,24 @@ def read_adapter_config(folder: Path) -> dict:
 
 def load_adapter(model: nn.Module, folder: Path) -> Adapter:
     """Put on the adapter in a folder, ours or mlx-lm's."""
-    config = read_adapter_config(folder)
+    settings = AdapterSettings(**settings_of_adapter(folder))
     weights_file = folder / WEIGHTS
     if not weights_file.is_file():
         raise ModelError(f"{folder}: not a complete adapter (it has no {WEIGHTS})")
-    lora = config.get("lora_parameters") or {}
-    settings = AdapterSettings(
-        fine_tune=config.get("fine_tune_type", "lora"),
-        lora_rank=lora.get("rank", 8),
-        lora_scale=lora.get("scale", 20.0),
-        lora_layers=max(config.get("num_layers", -1), -1),
-        lora_dropout=lora.get("dropout", 0.0),
-        lora_keys=lora.get("keys"),
-    )
     adapter = wear_adapter(model, settings, seed=0)
     adapter.load(mx.load(str(weights_file)), str(weights_file))
     return adapter
+
+
+def settings_of_adapter(folder: Path) -> dict:
+    """The settings, by name, that an adapter in a folder was made with."""
+    config = read_adapter_config(folder)
+    lora = config.get("lora_parameters") or {}
+    return {
+        "fine_tune": config.get("fine_tune_type", "lora"),
+        "lora_rank": lora.get("rank", 8),
+        "lora_scale": lora.get("scale", 20.0),
+        "lora_layers": max(config.get("num_layers", -1), -1),
+        "lora_dropout": lora.get("dropout", 0.0),
+        "lora_keys": lora.get("keys"),
+    }

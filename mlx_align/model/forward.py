@@ -8,6 +8,7 @@ import numpy as np
 
 from mlx_align.data.packing import Batch, pack, pad, split_into_packs
 from mlx_align.data.template import Example, make_example
+from mlx_align.kernels.token_log_prob import TokenScores
 from mlx_align.model.load import LoadedModel
 from mlx_align.model.packed import PackLayout, install_hooks
 
@@ -24,23 +25,41 @@ def token_log_probs(
 
     Returns float32[M] and bool[M]. `gradient` says whether a backward pass will follow.
     """
-    model = loaded.model
-    cache = None
-    if batch.segments:
-        layout = PackLayout(batch, dense=loaded.layout == "dense")
-        cache = [layout] * loaded.cache_entries
-    tokens, targets = mx.array(batch.tokens), mx.array(batch.target)
-    source = mx.array(batch.source)
+    return token_scores(loaded, batch, gradient=gradient)[:2]
+
+
+def token_scores(
+    loaded: LoadedModel, batch: Batch, *, gradient: bool = False, collision: bool = False
+) -> TokenScores:
+    """The scores of each target of a batch; `collision` asks for log(sum of p^2), too."""
+    targets, source = mx.array(batch.target), mx.array(batch.source)
     if loaded.head is None:
-        logits = model(tokens, cache=cache)
+        logits = loaded.model(mx.array(batch.tokens), cache=_cache(loaded, batch))
         rows = logits.reshape(-1, logits.shape[-1])[source].astype(mx.float32)
         chosen = mx.take_along_axis(rows, targets[:, None], axis=-1)[:, 0]
-        return chosen - mx.logsumexp(rows, axis=-1), chosen >= rows.max(axis=-1)
+        total = mx.logsumexp(rows, axis=-1)
+        collisions = mx.logsumexp(2 * rows, axis=-1) - 2 * total if collision else None
+        return TokenScores(chosen - total, chosen >= rows.max(axis=-1), collisions)
+    hidden = _hidden(loaded, batch)[source]
+    return loaded.head.log_probs(hidden, targets, gradient=gradient, collision=collision)
+
+
+def rewards(loaded: LoadedModel, batch: Batch) -> mx.array:
+    """The reward head's score of each completion of a batch, read off its last token; float32[N]."""
+    return loaded.model.score(_hidden(loaded, batch)[mx.array(batch.last)])
+
+
+def _hidden(loaded, batch) -> mx.array:
+    """The hidden states in front of the vocabulary head, [B * T, D]."""
     with loaded.head.tapped() as tap:
-        model(tokens, cache=cache)
-    hidden = tap.hidden
-    hidden = hidden.reshape(-1, hidden.shape[-1])[source]
-    return loaded.head.log_probs(hidden, targets, gradient=gradient)
+        loaded.model(mx.array(batch.tokens), cache=_cache(loaded, batch))
+    return tap.hidden.reshape(-1, tap.hidden.shape[-1])
+
+
+def _cache(loaded, batch):
+    if not batch.segments:
+        return None
+    return [PackLayout(batch, dense=loaded.layout == "dense")] * loaded.cache_entries
 
 
 # Most tokens in a pack unless a run says otherwise: small packs stay in a CPU's cache, large ones
@@ -49,11 +68,16 @@ PACK_LENGTH = {mx.cpu: 512, mx.gpu: 2048}
 
 
 def make_batches(
-    loaded: LoadedModel, examples: Sequence[Example], pack_length: int | None = None
+    loaded: LoadedModel,
+    examples: Sequence[Example],
+    pack_length: int | None = None,
+    *,
+    prompts: bool = False,
 ) -> list[Batch]:
     """Batches of at most `pack_length` tokens in the layout that the model can run.
 
-    On a GPU, sizes are rounded up, so that few different shapes are seen.
+    On a GPU, sizes are rounded up, so that few different shapes are seen. With `prompts`, the
+    prompts' tokens are predicted too.
     """
     shared = loaded.layout != "plain"
     device = mx.default_device().type
@@ -61,7 +85,7 @@ def make_batches(
     multiple = 1 if device == mx.cpu else 32
     make = pack if shared else pad
     groups = split_into_packs(examples, pack_length, shared=shared)
-    return [make(group, multiple) for group in groups]
+    return [make(group, multiple, prompts=prompts) for group in groups]
 
 
 def choose_layout(loaded: LoadedModel) -> str:

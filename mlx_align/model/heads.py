@@ -16,7 +16,13 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_align.kernels.token_log_prob import Projection, frozen_log_probs, trained_log_probs
+from mlx_align.errors import ModelError
+from mlx_align.kernels.token_log_prob import (
+    Projection,
+    TokenScores,
+    frozen_log_probs,
+    trained_log_probs,
+)
 
 
 class Tap:
@@ -64,15 +70,19 @@ class Head:
         """While this is open, the model stops at the head; the tap's `hidden` is what it was given."""
         return _tapped(self.module, self.method, Tap())
 
-    def log_probs(self, hidden, targets, *, gradient: bool):
-        """(log-probability float32[M], is the most likely bool[M]) of targets given hidden [M, D]."""
+    def log_probs(self, hidden, targets, *, gradient: bool, collision: bool = False) -> TokenScores:
+        """The scores of targets int[M] given hidden [M, D]."""
         projection = self._projection()
         if projection is not None:
-            return frozen_log_probs(hidden, targets, projection, gradient=gradient)
+            return frozen_log_probs(
+                hidden, targets, projection, gradient=gradient, collision=collision
+            )
         parameters = self.module.trainable_parameters()
         vocabulary = self._logits(parameters, hidden[:1]).shape[-1]
         try:
-            return trained_log_probs(hidden, targets, parameters, self._logits, vocabulary)
+            return trained_log_probs(
+                hidden, targets, parameters, self._logits, vocabulary, collision=collision
+            )
         finally:
             self.module.update(parameters)
 
@@ -136,6 +146,34 @@ def find_head(model: nn.Module) -> Head | None:
         return None
     module, method = seen[0]
     return Head(module, method, _round(scale), None if softcap is None else _round(softcap))
+
+
+class RewardHead(nn.Module):
+    """reward = hidden @ weight.T, one number for each hidden state; float32.
+
+    It starts as small random numbers of deviation 1 / (D + 1), so that the first loss is near log 2.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = mx.random.normal((1, width)) / (width + 1)
+
+    def __call__(self, hidden):
+        return (hidden.astype(mx.float32) @ self.weight.T)[..., 0]
+
+
+def attach_reward_head(model: nn.Module, head: Head | None, seed: int = 0) -> RewardHead:
+    """Put a fresh reward head on a model, as its part `score` (transformers' name for it)."""
+    if head is None:
+        raise ModelError(
+            "this model's vocabulary head is of an unknown kind, so the hidden states that a reward "
+            "head reads cannot be found"
+        )
+    with head.tapped() as tap:
+        model(mx.array([[0]]))
+    mx.random.seed(seed)
+    model.score = RewardHead(tap.hidden.shape[-1])
+    return model.score
 
 
 def _round(value: float) -> float:

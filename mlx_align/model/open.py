@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mlx_align.errors import ModelError
 from mlx_align.model.adapter import CONFIG, WEIGHTS, Adapter, load_adapter, read_adapter_config
+from mlx_align.model.heads import attach_reward_head
 from mlx_align.model.load import LoadedModel, load_model
 
 log = logging.getLogger("mlx_align")
@@ -32,6 +33,8 @@ def open_model(
     own = [parent / TEMPLATE for parent in (folder, folder.parent.parent)]
     template = next((str(file) for file in own if file.is_file()), None)
     loaded = load_model(base, dtype, template)
+    if read_adapter_config(folder).get("head") == "reward":
+        attach_reward_head(loaded.model, loaded.head)
     return loaded, load_adapter(loaded.model, folder)
 
 

@@ -1,4 +1,4 @@
-"""Everything a run needs to go on: adapter, optimizer, position. Atomic folders.
+"""Everything a run needs to go on: adapter, optimizer, position, what a method keeps. Atomic folders.
 
     checkpoints/step-000050/  adapters.safetensors  adapter_config.json  optimizer.safetensors  state.json
 
@@ -9,7 +9,7 @@ the seed and the step, so they need no state.
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import mlx.core as mx
@@ -31,6 +31,7 @@ class Progress:
     seconds: float = 0.0
     best_value: float | None = None
     best_step: int | None = None
+    method_state: dict = field(default_factory=dict)
 
 
 class Checkpoints:
@@ -42,11 +43,16 @@ class Checkpoints:
         self._extra = adapter_extra
         self._keep = keep
 
-    def save(self, adapter: Adapter, optimizer: Optimizer, progress: Progress) -> Path:
-        """Write the state after `progress.step` steps and remove the oldest ones."""
+    def save(self, adapter: Adapter, optimizer: Optimizer, progress: Progress, moving=None) -> Path:
+        """Write the state after `progress.step` steps and remove the oldest ones.
+
+        `moving` is the reference that follows the policy, where there is one.
+        """
         target = self.folder / f"step-{progress.step:06d}"
         temporary = self._begin(target, adapter)
         save_weights(temporary / "optimizer.safetensors", optimizer.state())
+        if moving is not None:
+            save_weights(temporary / "reference.safetensors", moving.state())
         write_json(temporary / "state.json", asdict(progress))
         replace_folder(temporary, target)
         for old in self._steps()[: -self._keep]:
@@ -61,7 +67,7 @@ class Checkpoints:
         replace_folder(temporary, target)
         return target
 
-    def load_latest(self, adapter: Adapter, optimizer: Optimizer) -> Progress:
+    def load_latest(self, adapter: Adapter, optimizer: Optimizer, moving=None) -> Progress:
         """Put the newest state back; a fresh `Progress` where there is none."""
         self._clean()
         steps = self._steps()
@@ -72,6 +78,7 @@ class Checkpoints:
             progress = Progress(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
             weights = mx.load(str(folder / WEIGHTS))
             state = mx.load(str(folder / "optimizer.safetensors"))
+            followed = mx.load(str(folder / "reference.safetensors")) if moving else None
         except (OSError, ValueError, TypeError, RuntimeError) as error:
             raise RunError(
                 f"{folder}: this checkpoint cannot be read ({error}); delete the folder to go on from "
@@ -79,6 +86,8 @@ class Checkpoints:
             ) from None
         adapter.load(weights, str(folder / WEIGHTS))
         optimizer.load(state, adapter.parameters())
+        if moving is not None:
+            moving.load(followed)
         return progress
 
     def _begin(self, target: Path, adapter: Adapter) -> Path:

@@ -19,18 +19,20 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_align.data.dataset import Dataset, DataSettings, load_dataset
-from mlx_align.data.packing import Batch
-from mlx_align.data.stream import Stream
+from mlx_align.data.stream import Stream, mismatched
 from mlx_align.data.template import Encoder, Example
-from mlx_align.errors import AlignError, RunError, StaleReferenceError
+from mlx_align.errors import AlignError, ModelError, RunError, StaleReferenceError
 from mlx_align.files import write_atomically
-from mlx_align.model.adapter import Adapter, wear_adapter
-from mlx_align.model.forward import choose_layout, make_batches
+from mlx_align.model.adapter import WEIGHTS, Adapter, wear_adapter
+from mlx_align.model.forward import choose_layout, make_batches, rewards
+from mlx_align.model.heads import attach_reward_head
 from mlx_align.model.load import LoadedModel, load_model
-from mlx_align.model.open import TEMPLATE
+from mlx_align.model.open import TEMPLATE, find_adapter, open_model
 from mlx_align.model.recompute import checkpoint_blocks
 from mlx_align.train.checkpoint import Checkpoints, Progress
 from mlx_align.train.config import RunSettings
+from mlx_align.train.diagnosis import Diagnosis
+from mlx_align.train.moving import MovingReference
 from mlx_align.train.optimizer import Optimizer, learning_rate_at
 from mlx_align.train.reference import (
     LogProbs,
@@ -39,7 +41,7 @@ from mlx_align.train.reference import (
     reference_log_probs,
 )
 from mlx_align.train.runlog import Metrics, check_space, claim_folder, read_run, versions, write_run
-from mlx_align.train.step import NOTHING, evaluate_batch, train_step
+from mlx_align.train.step import Part, evaluate, survey, train_step
 
 log = logging.getLogger("mlx_align")
 
@@ -80,20 +82,32 @@ class _Run:
     folder: Path
     loaded: LoadedModel
     adapter: Adapter
+    dataset: Dataset
     stream: Stream
     held_out: list[Example]
     total: int
+    partners: dict[str, Example]
     reference: LogProbs | None
+    moving: MovingReference | None
     checkpoints: Checkpoints
     metrics: Metrics
     events: Events
 
-    def batches(self, examples: Sequence[Example]) -> list[tuple[Batch, np.ndarray | None]]:
+    def parts(self, examples: Sequence[Example]) -> list[Part]:
         """The examples as packs, each with its reference."""
-        packs = make_batches(self.loaded, examples, self.settings.train.pack_length)
+        prompts = self.settings.method.scores_prompts
+        packs = make_batches(
+            self.loaded, examples, self.settings.train.pack_length, prompts=prompts
+        )
+        if self.moving is not None:
+            return [(pack, self.moving.log_probs(pack)) for pack in packs]
         if self.reference is None:
             return [(pack, None) for pack in packs]
         return [(pack, join_reference(pack, self.reference)) for pack in packs]
+
+    def mismatched(self, examples: Sequence[Example]) -> list[Part]:
+        """Packs of the examples' prompts with completions of other prompts, where the method asks."""
+        return self.parts([self.partners[e.uid] for e in examples if e.uid in self.partners])
 
 
 def train(
@@ -139,6 +153,8 @@ def _prepare(
         record.get("template_date"),
     )
     choose_layout(loaded)
+    if settings.method.reads == "rewards":
+        attach_reward_head(loaded.model, loaded.head, settings.train.seed)
     if loaded.layout == "plain":
         log.warning(
             "this model cannot run packed (its tokens cannot choose what they see): every completion "
@@ -159,6 +175,7 @@ def _prepare(
                 "on. Start a new run."
             )
     adapter = wear_adapter(loaded.model, settings.adapter, settings.train.seed)
+    _start_from(adapter, settings.adapter.start)
     keep = settings.train.keep_checkpoints + 2
     check_space(folder, 3 * keep * sum(x.nbytes for x in adapter.weights().values()))
     record |= {
@@ -190,25 +207,31 @@ def _prepare(
             "keeps them and takes twice the memory",
             record["dtype"],
         )
-    stream = Stream(dataset.train, settings.train.batch_size, settings.train.seed)
+    values = [value for e in dataset.train for value in e.values]
+    for line in settings.method.advice(values):
+        log.warning("%s", line)
+    stream = Stream(
+        dataset.train,
+        settings.train.batch_size,
+        settings.train.seed,
+        mixed=settings.method.data == "labels",
+    )
     total = settings.train.steps or math.ceil(settings.train.epochs * stream.steps_per_epoch)
     held_out = _sample(dataset.valid, settings.train.eval_examples, settings.train.seed)
-    reference = None
+    seen = [*stream.seen(total), *held_out]
+    partners: dict[str, Example] = {}
+    if settings.method.coupled == "mismatched":
+        for examples in (dataset.train, dataset.valid):
+            partners |= mismatched(examples, settings.data.max_length, settings.train.seed)
+        seen += [partners[e.uid] for e in seen if e.uid in partners]
+    reference = moving = None
     if settings.method.uses_reference:
-
-        def on_progress(done, count):
-            events.on_progress("reference", done, count)
-            if should_stop():
-                raise KeyboardInterrupt
-
-        loaded.model.eval()
-        reference = reference_log_probs(
-            loaded,
-            adapter,
-            [*stream.seen(total), *held_out],
-            settings.train.pack_length,
-            on_progress,
-        )
+        if settings.method.sync_every:
+            moving = MovingReference(
+                loaded, adapter, settings.method.sync_every, settings.method.sync_weight
+            )
+        else:
+            reference = _reference(settings, loaded, adapter, seen, events, should_stop)
     if settings.train.grad_checkpoint:
         checkpoint_blocks(loaded.model)
     if settings.data.chat_template:
@@ -221,19 +244,65 @@ def _prepare(
         folder,
         loaded,
         adapter,
+        dataset,
         stream,
         held_out,
         total,
+        partners,
         reference,
+        moving,
         checkpoints,
         Metrics(folder),
         events,
     )
 
 
+def _start_from(adapter: Adapter, start: str | None) -> None:
+    """Put the arrays of the adapter in a folder on; a reward head that is new stays as it is."""
+    if start is None:
+        return
+    folder = find_adapter(start)
+    if folder is None:
+        raise RunError(f"{start}: the adapter to start from is not there (any more)")
+    weights = mx.load(str(folder / WEIGHTS))
+    own = adapter.weights()
+    fresh = {name: own[name] for name in own.keys() - weights.keys() if name.startswith("score.")}
+    adapter.load({**weights, **fresh}, str(folder / WEIGHTS))
+
+
+def _reference(settings, loaded, adapter, examples, events, should_stop) -> LogProbs:
+    """The log-probabilities of all examples under the reference that the settings name."""
+
+    def on_progress(done, count):
+        events.on_progress("reference", done, count)
+        if should_stop():
+            raise KeyboardInterrupt
+
+    pack_length, name = settings.train.pack_length, settings.method.reference
+    if name != "start":
+        other, worn = open_model(name, settings.model.dtype)
+        if other.tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
+            raise ModelError(
+                f"{name}: has another vocabulary than {loaded.name}, so it cannot be its reference"
+            )
+        choose_layout(other)
+        other.model.eval()
+        arrays = None if worn is None else worn.weights()
+        return reference_log_probs(other, None, examples, pack_length, on_progress, arrays)
+    loaded.model.eval()
+    if settings.adapter.start:
+        return reference_log_probs(
+            loaded, None, examples, pack_length, on_progress, adapter.weights()
+        )
+    return reference_log_probs(loaded, adapter, examples, pack_length, on_progress)
+
+
 def _adapter_extra(settings: RunSettings) -> dict:
     """What the adapter's config says besides mlx-lm's keys: where to put it on, how it was made."""
-    return {"model": settings.model.model, "method": settings.method.name}
+    extra = {"model": settings.model.model, "method": settings.method.name}
+    if settings.method.reads == "rewards":
+        extra |= {"head": "reward", "prompt_format": settings.data.prompt_format}
+    return extra
 
 
 def _read_data(settings: RunSettings, loaded: LoadedModel) -> Dataset:
@@ -248,6 +317,8 @@ def _read_data(settings: RunSettings, loaded: LoadedModel) -> Dataset:
         template=loaded.template,
         prompt_format=settings.data.prompt_format,
         thinking=settings.data.thinking,
+        # A reward is read off the end, which a cut answer does not have.
+        truncate=settings.method.reads != "rewards",
     )
     dataset = load_dataset(
         settings.data,
@@ -255,6 +326,7 @@ def _read_data(settings: RunSettings, loaded: LoadedModel) -> Dataset:
         kind=settings.method.data,
         method=settings.method.name,
         seed=settings.train.seed,
+        needs_margin=settings.method.needs_margin,
     )
     for line in dataset.report.lines():
         log.warning("%s", line)
@@ -265,12 +337,22 @@ def _loop(run: _Run, record: dict, should_stop) -> Result:
     settings, stream, total = run.settings.train, run.stream, run.total
     eval_every = max(1, total // 4) if settings.eval_every is None else settings.eval_every
     optimizer = Optimizer(settings.weight_decay, settings.max_grad_norm)
-    progress = run.checkpoints.load_latest(run.adapter, optimizer)
+    progress = run.checkpoints.load_latest(run.adapter, optimizer, run.moving)
     # Without a checkpoint everything is done again, the evaluation before the first step too.
     run.metrics.cut_after(progress.step or -1)
-    held_out = run.batches(run.held_out)
+    diagnosis = Diagnosis(
+        run.settings.method.name, run.settings.flat(), total, run.settings.method.uses_reference
+    )
+    for row in run.metrics.rows():
+        diagnosis.update(row)
+
+    def note(row):
+        run.metrics.write(row)
+        for finding in diagnosis.update(row):
+            log.warning("step %d: %s", finding.step, finding.text)
+
     if progress.step == 0:
-        record["before"] = _evaluate(run, held_out, progress)
+        record["before"] = _evaluate(run, progress, note)
         write_run(run.folder, record)
 
     while progress.step < total:
@@ -278,16 +360,27 @@ def _loop(run: _Run, record: dict, should_stop) -> Result:
             progress.step, total, run.settings.learning_rate, settings.schedule, settings.warmup
         )
         started = time.perf_counter()
-        batches = run.batches(stream.batch(progress.step))
+        examples = stream.batch(progress.step)
+        parts = run.parts(examples)
+        run.loaded.model.eval()
+        whole, progress.method_state = survey(
+            run.loaded,
+            run.settings.method,
+            parts,
+            run.mismatched(examples),
+            progress.method_state,
+        )
         run.loaded.model.train()
         # Dropout then depends on the step alone, and a resumed run draws what the unbroken one drew.
         mx.random.seed(settings.seed * 1_000_003 + progress.step)
         totals, grad_norm = train_step(
-            run.loaded, run.adapter, optimizer, run.settings.method, batches, learning_rate
+            run.loaded, run.adapter, optimizer, run.settings.method, parts, learning_rate, whole
         )
         seconds = time.perf_counter() - started
-        tokens = sum(batch.real_tokens for batch, _ in batches)
+        tokens = sum(batch.real_tokens for batch, _ in parts)
         progress.step += 1
+        if run.moving is not None:
+            run.moving.after(progress.step)
         progress.tokens += tokens
         progress.seconds += seconds
         row = {
@@ -302,20 +395,23 @@ def _loop(run: _Run, record: dict, should_stop) -> Result:
             "peak_memory_gb": mx.get_peak_memory() / 1e9,
             "seconds": progress.seconds,
         }
-        run.metrics.write(row)
+        note(row)
         run.events.on_step(row, total)
         last = progress.step == total
         if last or (eval_every and progress.step % eval_every == 0):
-            after = _evaluate(run, held_out, progress)
+            after = _evaluate(run, progress, note)
             _keep_best(run, progress, after)
         stopping = not last and should_stop()
         if stopping or (progress.step % settings.save_every == 0 and not last):
-            run.checkpoints.save(run.adapter, optimizer, progress)
+            run.checkpoints.save(run.adapter, optimizer, progress, run.moving)
         if stopping:
             break
 
     finished = progress.step == total
-    run.adapter.save(run.folder, run.settings.adapter, _adapter_extra(run.settings))
+    extra = _adapter_extra(run.settings)
+    if finished and run.settings.method.reads == "rewards":
+        extra["reward"] = record["reward"] = _reward_statistics(run)
+    run.adapter.save(run.folder, run.settings.adapter, extra)
     record |= {"finished": finished, "progress": asdict(progress)}
     if finished:
         record["after"] = after
@@ -330,24 +426,37 @@ def _loop(run: _Run, record: dict, should_stop) -> Result:
     )
 
 
-def _evaluate(run: _Run, held_out, progress: Progress) -> dict:
+def _evaluate(run: _Run, progress: Progress, note) -> dict:
     """The method's loss and metrics on held-out data; an empty dict where there is none."""
-    if not held_out:
+    if not run.held_out:
         return {}
     run.loaded.model.eval()
-    totals = NOTHING
-    for batch, reference in held_out:
-        totals = totals.add(evaluate_batch(run.loaded, run.settings.method, batch, reference))
-    means = totals.means()
+    parts, method = run.parts(run.held_out), run.settings.method
+    # All of it counts as one step; what a method keeps from step to step stays as it is.
+    whole, _ = survey(
+        run.loaded, method, parts, run.mismatched(run.held_out), dict(progress.method_state)
+    )
+    means = evaluate(run.loaded, method, parts, whole).means()
     row = {
         "step": progress.step,
         "split": "valid",
         "epoch": run.stream.epoch(progress.step),
         **means,
     }
-    run.metrics.write(row)
+    note(row)
     run.events.on_eval(row)
     return means
+
+
+def _reward_statistics(run: _Run) -> dict:
+    """Mean and standard deviation of the reward over all training completions."""
+    run.loaded.model.eval()
+    packs = make_batches(run.loaded, run.dataset.train, run.settings.train.pack_length)
+    scores = np.concatenate([np.array(rewards(run.loaded, pack)) for pack in packs])
+    return {
+        "mean": float(scores.mean(dtype=np.float64)),
+        "std": float(scores.std(dtype=np.float64)),
+    }
 
 
 def _keep_best(run: _Run, progress: Progress, metrics: dict) -> None:

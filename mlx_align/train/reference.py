@@ -1,4 +1,4 @@
-"""The reference's log-probabilities: computed once with the adapter off, kept on disk.
+"""The reference's log-probabilities: computed once before training, kept on disk.
 
 They are kept per token in float32, under a key that names everything they depend on: the content of
 the weights, the config, the type and layout they were computed in. Rows are found by the uid of
@@ -60,9 +60,14 @@ def model_fingerprint(loaded: LoadedModel) -> str:
     return fingerprint({"weights": hashes, "config": config})
 
 
-def reference_description(loaded: LoadedModel) -> dict[str, str]:
-    """Everything that the reference's log-probabilities depend on besides the examples."""
+def reference_description(loaded: LoadedModel, worn: dict | None = None) -> dict[str, str]:
+    """Everything that the reference's log-probabilities depend on besides the examples.
+
+    `worn` are the adapter's arrays where the reference wears one.
+    """
+    adapter = {} if worn is None else {"adapter": _digest(*(np.asarray(v) for v in worn.values()))}
     return {
+        **adapter,
         "model": model_fingerprint(loaded),
         "dtype": str(loaded.dtype),
         "layout": loaded.layout,
@@ -76,14 +81,18 @@ def reference_log_probs(
     examples: Sequence[Example],
     pack_length: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    worn: dict | None = None,
 ) -> LogProbs:
-    """Log-probabilities of all scored tokens of every example under the base, by uid.
+    """Log-probabilities of all scored tokens of every example under the reference, by uid.
+
+    The reference is the model as it is, with `adapter` taken off where one is given; `worn` are the
+    arrays of an adapter that it wears all the same.
 
     What the cache has is read, the rest is computed and added to it. `progress(done, total)` counts
     examples that had to be computed. Raises `StaleReferenceError` where the cache holds something
     else than its name says.
     """
-    description = reference_description(loaded)
+    description = reference_description(loaded, worn)
     folder = cache_folder() / "reference" / fingerprint(description)
     unique = list({e.uid: e for e in examples}.values())
     known = _read(folder, description, {e.uid: _scored(e) for e in unique})

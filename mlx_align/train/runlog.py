@@ -65,13 +65,15 @@ class Metrics:
 
     def cut_after(self, step: int) -> None:
         """Drop the rows of steps that a resumed run will do again."""
+        kept = [json.dumps(row) + "\n" for row in self.rows() if row["step"] <= step]
         if self.path.exists():
-            kept = [json.dumps(row) + "\n" for row in self.rows() if row["step"] <= step]
             write_atomically(self.path, "".join(kept))
 
     def rows(self) -> list[dict]:
         """All complete rows."""
         rows = []
+        if not self.path.exists():
+            return rows
         for line in self.path.read_text(encoding="utf-8").splitlines():
             try:
                 rows.append(json.loads(line))

@@ -8,12 +8,16 @@ import numpy as np
 from mlx.utils import tree_map
 
 from mlx_align.data.packing import Batch
+from mlx_align.data.template import Example
 from mlx_align.errors import NonFiniteError
 from mlx_align.losses import Loss, Method, Scores
 from mlx_align.model.adapter import Adapter
-from mlx_align.model.forward import token_log_probs
+from mlx_align.model.forward import rewards, token_log_probs, token_scores
 from mlx_align.model.load import LoadedModel
 from mlx_align.train.optimizer import Optimizer
+
+# A pack and the reference's log-probabilities of its table, float32[M], or None.
+Part = tuple[Batch, np.ndarray | None]
 
 
 class Totals(NamedTuple):
@@ -32,27 +36,97 @@ class Totals(NamedTuple):
         return Totals(self.loss + other.loss, self.weight + other.weight, metrics)
 
     def means(self) -> dict[str, float]:
-        """The loss and every metric, divided."""
-        values = {name: total / max(count, 1e-30) for name, (total, count) in self.metrics.items()}
+        """The loss and every metric that something counts for, divided."""
+        values = {name: total / count for name, (total, count) in self.metrics.items() if count}
         return {"loss": self.loss / self.weight, **values}
 
 
 NOTHING = Totals(0.0, 0.0, {})
 
 
+class Whole(NamedTuple):
+    """What every part of an optimizer step is told of the whole.
+
+    `mean_length` as in `Scores`; `contexts` hold what the method's `couple` made for each part.
+    """
+
+    mean_length: float
+    contexts: list
+
+
 def score_batch(
-    loaded: LoadedModel, batch: Batch, reference: np.ndarray | None, *, gradient: bool = False
+    loaded: LoadedModel,
+    method: Method,
+    part: Part,
+    mean_length: float = 1.0,
+    *,
+    gradient: bool = False,
 ) -> Scores:
-    """The scores of a batch; `reference` is float32[M], the reference's log-probabilities."""
-    token, hit = token_log_probs(loaded, batch, gradient=gradient)
+    """What the model says of a pack, as the method wants it."""
+    batch, reference = part
+    value, importance = _judgements(batch.examples)
+    if method.reads == "rewards":
+        return Scores.of_rewards(rewards(loaded, batch), value, importance)
+    scores = token_scores(loaded, batch, gradient=gradient, collision=method.needs_collision)
     return Scores.of(
-        token,
-        hit,
+        scores.logp,
+        scores.hit,
         mx.array(batch.owner),
         mx.array(batch.weight),
         batch.completions,
         None if reference is None else mx.array(reference),
+        value=value,
+        importance=importance,
+        mean_length=mean_length,
+        collision=scores.collision,
+        in_prompt=mx.array(batch.in_prompt) if method.scores_prompts else None,
     )
+
+
+def _judgements(examples: Sequence[Example]) -> tuple[mx.array, mx.array]:
+    """The values and the weights of all completions, float32[N] each."""
+    value, importance = [], []
+    for example in examples:
+        count = len(example.completions)
+        value += example.values or (0.0,) * count
+        importance += (example.weight,) * count
+    return mx.array(value, mx.float32), mx.array(importance, mx.float32)
+
+
+def survey(
+    loaded: LoadedModel,
+    method: Method,
+    parts: Sequence[Part],
+    mismatched: Sequence[Part] = (),
+    state: dict | None = None,
+) -> tuple[Whole, dict]:
+    """What the parts of a step need to know of the whole, and the method's state after the step.
+
+    `mismatched` are packs of the same prompts with completions of others, for methods that ask.
+    """
+    examples = [e for batch, _ in parts for e in batch.examples]
+    length, state = mean_length(examples, method.scores_prompts), state or {}
+    if method.coupled is None:
+        return Whole(length, [None] * len(parts)), state
+    seen = []
+    for part in mismatched if method.coupled == "mismatched" else parts:
+        scores = score_batch(loaded, method, part)
+        mx.eval([x for x in scores if isinstance(x, mx.array)])
+        seen.append(scores)
+    contexts, state = method.couple(seen, state)
+    if method.coupled == "mismatched":
+        contexts = contexts * len(parts)
+    return Whole(length, contexts), state
+
+
+def mean_length(examples: Sequence[Example], prompts: bool = False) -> float:
+    """Scored tokens of the first completion (with `prompts`, the prompt's too), by weight."""
+    tokens = weights = 0.0
+    for example in examples:
+        count = int(example.scored[0].sum()) + (len(example.prompt) - 1 if prompts else 0)
+        tokens += example.weight * count
+        weights += example.weight
+    return tokens / weights
 
 
 def _numbers(loss: Loss) -> Totals:
@@ -60,22 +134,27 @@ def _numbers(loss: Loss) -> Totals:
     return Totals(float(loss.total), float(loss.weight), metrics)
 
 
-def evaluate_batch(loaded, method: Method, batch: Batch, reference) -> Totals:
-    """The loss and metrics of a batch, without gradients."""
-    loss = method(score_batch(loaded, batch, reference))
-    mx.eval(loss)
-    totals = _numbers(loss)
-    _check_finite(totals.loss, loaded, [batch], "the held-out loss")
+def evaluate(loaded, method: Method, parts: Sequence[Part], whole: Whole) -> Totals:
+    """The loss and metrics of all parts together, without gradients."""
+    totals = NOTHING
+    for part, context in zip(parts, whole.contexts, strict=True):
+        loss = method(score_batch(loaded, method, part, whole.mean_length), context)
+        mx.eval(loss)
+        here = _numbers(loss)
+        _check_finite(here.loss, loaded, method, [part], "the held-out loss")
+        totals = totals.add(here)
     return totals
 
 
-def gradient_batch(loaded, method: Method, batch: Batch, reference) -> tuple[Totals, dict]:
-    """The loss and metrics of a batch, and the gradient of the loss's sum (not of its mean)."""
+def gradient_batch(
+    loaded, method: Method, part: Part, mean_length: float = 1.0, context=None
+) -> tuple[Totals, dict]:
+    """The loss and metrics of a pack, and the gradient of the loss's sum (not of its mean)."""
     parameters = loaded.model.trainable_parameters()
 
     def total(parameters):
         loaded.model.update(parameters)
-        loss = method(score_batch(loaded, batch, reference, gradient=True))
+        loss = method(score_batch(loaded, method, part, mean_length, gradient=True), context)
         return loss.total, loss
 
     try:
@@ -91,24 +170,27 @@ def train_step(
     adapter: Adapter,
     optimizer: Optimizer,
     method: Method,
-    batches: Sequence[tuple[Batch, np.ndarray | None]],
+    parts: Sequence[Part],
     learning_rate: float,
+    whole: Whole | None = None,
 ) -> tuple[Totals, float]:
-    """Update the adapter once from all batches together; returns the totals and the gradient norm.
+    """Update the adapter once from all parts together; returns the totals and the gradient norm.
 
-    Raises `NonFiniteError` naming examples, before anything is changed.
+    `whole` is what `survey` found. Raises `NonFiniteError` naming examples, before anything is
+    changed.
     """
+    whole = whole or survey(loaded, method, parts)[0]
     totals, gradients = NOTHING, None
-    for batch, reference in batches:
-        here, more = gradient_batch(loaded, method, batch, reference)
-        _check_finite(here.loss, loaded, [batch], "the loss")
+    for part, context in zip(parts, whole.contexts, strict=True):
+        here, more = gradient_batch(loaded, method, part, whole.mean_length, context)
+        _check_finite(here.loss, loaded, method, [part], "the loss")
         totals = totals.add(here)
         gradients = more if gradients is None else tree_map(mx.add, gradients, more)
         mx.eval(gradients)
         del more
     gradients = tree_map(lambda g: g / totals.weight, gradients)
     parameters, norm = optimizer.step(adapter.parameters(), gradients, learning_rate)
-    _check_finite(norm.item(), loaded, [b for b, _ in batches], "the gradient")
+    _check_finite(norm.item(), loaded, method, parts, "the gradient")
     del gradients
     loaded.model.update(parameters)
     mx.eval(adapter.parameters())
@@ -116,22 +198,21 @@ def train_step(
     return totals, norm.item()
 
 
-def _check_finite(value: float, loaded, batches, what: str) -> None:
+def _check_finite(value: float, loaded, method, parts: Sequence[Part], what: str) -> None:
     if np.isfinite(value):
         return
     culprits = []
-    for batch in batches:
-        token = np.asarray(token_log_probs(loaded, batch)[0])
-        bad = set(np.asarray(batch.owner)[~np.isfinite(token)].tolist())
+    for batch, _ in parts:
+        if method.reads == "rewards":
+            scores, owner = np.asarray(rewards(loaded, batch)), np.arange(batch.completions)
+        else:
+            scores, owner = np.asarray(token_log_probs(loaded, batch)[0]), np.asarray(batch.owner)
+        bad = set(owner[~np.isfinite(scores)].tolist())
         owners = [e.origin for e in batch.examples for _ in e.completions]
         culprits += [owners[i] for i in sorted(bad)]
-    names = list(dict.fromkeys(culprits)) or [e.origin for b in batches for e in b.examples]
+    names = list(dict.fromkeys(culprits)) or [e.origin for b, _ in parts for e in b.examples]
     listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    blame = (
-        "these examples have log-probabilities that are not finite"
-        if culprits
-        else "in the batch of"
-    )
+    blame = "these examples have scores that are not finite" if culprits else "in the batch of"
     raise NonFiniteError(
         f"{what} is {value} ({blame}: {listed}). Nothing was changed by this step; look at these "
         "rows, lower --learning-rate, or use --dtype float32."

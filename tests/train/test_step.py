@@ -13,7 +13,7 @@ from mlx_align.model.adapter import AdapterSettings, wear_adapter
 from mlx_align.model.forward import make_batches
 from mlx_align.train.optimizer import Optimizer, learning_rate_at
 from mlx_align.train.reference import join_reference, reference_log_probs
-from mlx_align.train.step import NOTHING, evaluate_batch, gradient_batch, train_step
+from mlx_align.train.step import NOTHING, evaluate, gradient_batch, survey, train_step
 
 
 def pairs(count, seed=0, words=390):
@@ -46,7 +46,7 @@ def test_the_first_step_starts_at_the_reference(loaded_model, family, kind):
     examples = pairs(6)
     _, reference = ready(loaded, examples, fine_tune=kind)
     for batch in make_batches(loaded, examples, 64):
-        totals, gradients = gradient_batch(loaded, DPO(), batch, join_reference(batch, reference))
+        totals, gradients = gradient_batch(loaded, DPO(), (batch, join_reference(batch, reference)))
         means = totals.means()
         assert means["loss"] == pytest.approx(np.log(2), abs=2e-5)
         assert abs(means["rewards/margins"]) < 1e-4
@@ -59,7 +59,7 @@ def test_quantised_bases_start_at_the_reference_too(loaded_model, quantise):
     examples = pairs(4)
     _, reference = ready(loaded, examples)
     (batch,) = make_batches(loaded, examples, 4096)
-    totals, _ = gradient_batch(loaded, DPO(), batch, join_reference(batch, reference))
+    totals, _ = gradient_batch(loaded, DPO(), (batch, join_reference(batch, reference)))
     assert totals.means()["loss"] == pytest.approx(np.log(2), abs=2e-5)
 
 
@@ -75,7 +75,7 @@ def test_1x8_2x4_and_8x1_are_the_same_step(loaded_model, method, family):
         batches = make_batches(loaded, examples, pack_length)
         totals, gradients = NOTHING, {}
         for batch in batches:
-            here, more = gradient_batch(loaded, method, batch, join_reference(batch, reference))
+            here, more = gradient_batch(loaded, method, (batch, join_reference(batch, reference)))
             totals = totals.add(here)
             for name, g in tree_flatten(more):
                 gradients[name] = gradients.get(name, 0) + np.array(g, np.float64)
@@ -104,7 +104,8 @@ def test_gradients_agree_with_finite_differences(loaded_model):
     examples = pairs(3)
     adapter, reference = ready(loaded, examples, lora_rank=2)
     (batch,) = make_batches(loaded, examples, 4096)
-    joined = join_reference(batch, reference)
+    part = (batch, join_reference(batch, reference))
+    whole, _ = survey(loaded, DPO(), [part])
     direction = {
         name: mx.random.normal(x.shape, key=mx.random.key(i))
         for i, (name, x) in enumerate(adapter.weights().items())
@@ -116,12 +117,12 @@ def test_gradients_agree_with_finite_differences(loaded_model):
 
     def loss_at(t):
         adapter.load({n: x + t * direction[n] for n, x in start.items()}, "")
-        return evaluate_batch(loaded, DPO(beta=1.0), batch, joined).loss
+        return evaluate(loaded, DPO(beta=1.0), [part], whole).loss
 
     h = 2e-3
     numeric = (loss_at(h) - loss_at(-h)) / (2 * h)
     adapter.load(start, "")
-    _, gradients = gradient_batch(loaded, DPO(beta=1.0), batch, joined)
+    _, gradients = gradient_batch(loaded, DPO(beta=1.0), part)
     slope = sum(float((g * direction[n]).sum()) for n, g in tree_flatten(gradients))
     assert slope == pytest.approx(numeric, rel=2e-2)
 
