@@ -1,6 +1,6 @@
 """Log-probabilities of given tokens without the full logits.
 
-    logp[t] = z[t, target] - logsumexp(z[t])        z = softcap(scale * (hidden @ W.T + bias))
+    logp[t] = z[t, target] - logsumexp(z[t])    z = softcap(scale * (hidden @ W.T + bias)) / temperature
 
 The vocabulary is walked in chunks with a running maximum and sum (Milakov and Gimelshein 2018,
 arXiv:1805.02867), so memory is tokens x chunk, not tokens x V. With a frozen head the unit gradient
@@ -32,13 +32,15 @@ def _chunk_bytes() -> int:
 class TokenScores(NamedTuple):
     """What a head says of M targets.
 
-    logp is float32[M], hit bool[M] (the target is the most likely token). collision, float32[M] where
-    it was asked for, is log(sum of p^2) over the vocabulary; no gradient flows through it.
+    logp is float32[M], hit bool[M] (the target is the most likely token). Where they were asked for,
+    collision, float32[M], is log(sum of p^2) over the vocabulary, and entropy, float32[M], -sum of p log
+    p in nats; no gradient flows through them.
     """
 
     logp: mx.array
     hit: mx.array
     collision: mx.array | None = None
+    entropy: mx.array | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +55,7 @@ class Projection:
     bias: mx.array | None = None
     scale: float = 1.0
     softcap: float | None = None
+    temperature: float = 1.0
 
     def rows(self, index) -> mx.array:
         """Rows of the matrix in float32, for a slice or an array of row numbers."""
@@ -76,54 +79,54 @@ def frozen_log_probs(
     head: Projection,
     *,
     gradient: bool = True,
-    collision: bool = False,
+    moments: bool = False,
 ) -> TokenScores:
-    """The scores of each target.
+    """The scores of each target; `moments` asks for collision and entropy, too.
 
     `hidden` is [M, D], `targets` int[M]. Differentiable in `hidden` only; `gradient=False` skips
     the work for that.
     """
     if not gradient:
         hidden = mx.stop_gradient(hidden)
-        logp, hit, collisions, _ = _blocks(hidden, targets, head, False, collision)
-        return TokenScores(logp, hit, collisions if collision else None)
+        *scores, _ = _blocks(hidden, targets, head, False, moments)
+        return TokenScores(*scores[: 4 if moments else 2])
 
     @mx.custom_function
     def log_probs(hidden, targets):
-        return _blocks(hidden, targets, head, True, collision)
+        return _blocks(hidden, targets, head, True, moments)
 
     @log_probs.vjp
     def backward(primals, cotangents, outputs):
-        unit = outputs[3]
-        return (cotangents[0][:, None] * unit).astype(primals[0].dtype), None
+        return (cotangents[0][:, None] * outputs[-1]).astype(primals[0].dtype), None
 
-    logp, hit, collisions, _ = log_probs(hidden, targets)
-    return TokenScores(logp, hit, collisions if collision else None)
+    *scores, _ = log_probs(hidden, targets)
+    return TokenScores(*scores[: 4 if moments else 2])
 
 
-def _blocks(hidden, targets, head, gradient, collision):
+def _blocks(hidden, targets, head, gradient, moments):
     """`_walk` for blocks of rows, one after the other."""
     parts = []
     for start in range(0, hidden.shape[0], BLOCK_ROWS):
         here = hidden[start : start + BLOCK_ROWS]
         if parts:
             here = mx.depends([here], [p for p in parts[-1] if p is not None])[0]
-        parts.append(_walk(here, targets[start : start + BLOCK_ROWS], head, gradient, collision))
+        parts.append(_walk(here, targets[start : start + BLOCK_ROWS], head, gradient, moments))
     if len(parts) == 1:
         return parts[0]
     return tuple(None if p[0] is None else mx.concatenate(p) for p in zip(*parts, strict=True))
 
 
-def _walk(hidden, targets, head, gradient, collision):
-    """(logp, is the most likely, collision, unit gradient) by one walk over the vocabulary.
+def _walk(hidden, targets, head, gradient, moments):
+    """(logp, is the most likely, collision, entropy, unit gradient) by one walk over the vocabulary.
 
-    Without `collision` the third is the first again, since a custom function has no empty outputs.
+    Without `moments` the third and fourth are the first again, since a custom function has no empty
+    outputs.
     """
     count, width = hidden.shape
     vocabulary = head.weight.shape[0]
     chunk = max(64, _chunk_bytes() // (4 * max(count, width)))
     # The softmax is in base 2 (see tree_attention); a soft cap needs natural units before it.
-    unit = math.log2(math.e)
+    unit = math.log2(math.e) / head.temperature
     factor = head.scale * (1.0 if head.softcap else unit)
     hidden = hidden.astype(mx.float32) * factor
 
@@ -147,7 +150,7 @@ def _walk(hidden, targets, head, gradient, collision):
         bent = mx.tanh(target / head.softcap)
         target, slope = bent * (head.softcap * unit), (1 - bent * bent)[:, None]
 
-    top = total = squares = pull = None
+    top = total = squares = mean = pull = None
     for start in range(0, vocabulary, chunk):
         part = slice(start, min(start + chunk, vocabulary))
         if top is not None:
@@ -161,9 +164,11 @@ def _walk(hidden, targets, head, gradient, collision):
         here_total = mass.sum(axis=-1, keepdims=True)
         shrink = None if top is None else mx.power(2.0, top - new)
         total = here_total if top is None else total * shrink + here_total
-        if collision:
+        if moments:
             here_squares = (mass * mass).sum(axis=-1, keepdims=True)
             squares = here_squares if top is None else squares * shrink * shrink + here_squares
+            here_mean = (mass * z).sum(axis=-1, keepdims=True)
+            mean = here_mean if top is None else mean * shrink + here_mean
         if gradient:
             here_pull = (mass if slopes is None else mass * slopes) @ weight
             pull = here_pull if pull is None else pull * shrink + here_pull
@@ -172,12 +177,27 @@ def _walk(hidden, targets, head, gradient, collision):
     logp = (target - log_total) * math.log(2)
     # Equal up to rounding: the target's logit comes from another sum than the chunk's.
     hit = target >= top[:, 0] - 1e-5 * mx.abs(top[:, 0])
-    collisions = logp
-    if collision:
-        collisions = ((mx.log2(squares) - 2 * mx.log2(total)) * math.log(2))[:, 0]
+    collision = entropy = logp
+    if moments:
+        collision = ((mx.log2(squares) - 2 * mx.log2(total)) * math.log(2))[:, 0]
+        entropy = (log_total - (mean / total)[:, 0]) * math.log(2)
     if not gradient:
-        return logp, hit, collisions, None
-    return logp, hit, collisions, (slope * target_weight - pull / total) * head.scale
+        return logp, hit, collision, entropy, None
+    pulled = (slope * target_weight - pull / total) * (head.scale / head.temperature)
+    return logp, hit, collision, entropy, pulled
+
+
+def full_log_probs(logits: mx.array, targets: mx.array, *, moments: bool = False) -> TokenScores:
+    """The scores of each target, int[M], given all logits, float32[M, V]."""
+    target = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    total = mx.logsumexp(logits, axis=-1)
+    logp, hit = target - total, target >= logits.max(axis=-1)
+    if not moments:
+        return TokenScores(logp, hit)
+    fixed, fixed_total = mx.stop_gradient(logits), mx.stop_gradient(total)
+    mean = (mx.exp(fixed - fixed_total[:, None]) * fixed).sum(axis=-1)
+    collision = mx.logsumexp(2 * fixed, axis=-1) - 2 * fixed_total
+    return TokenScores(logp, hit, collision, fixed_total - mean)
 
 
 def trained_log_probs(
@@ -187,7 +207,7 @@ def trained_log_probs(
     logits: Callable[[dict, mx.array], mx.array],
     vocabulary: int,
     *,
-    collision: bool = False,
+    moments: bool = False,
 ) -> TokenScores:
     """`frozen_log_probs` for a head with `parameters` (a tree of arrays) that are trained too.
 
@@ -200,10 +220,7 @@ def trained_log_probs(
 
     def piece(parameters, hidden, targets):
         z = logits(parameters, hidden).astype(mx.float32)
-        target = mx.take_along_axis(z, targets[:, None], axis=-1)[:, 0]
-        total = mx.logsumexp(z, axis=-1)
-        collisions = mx.logsumexp(2 * z, axis=-1) - 2 * total if collision else target
-        return target - total, target >= z.max(axis=-1), collisions
+        return tuple(x for x in full_log_probs(z, targets, moments=moments) if x is not None)
 
     @mx.custom_function
     def log_probs(parameters, hidden, targets):
@@ -235,5 +252,4 @@ def trained_log_probs(
         grads = tree_map(lambda g, p: g.astype(p.dtype), grads, parameters)
         return grads, mx.concatenate(grad_hidden), None
 
-    logp, hit, collisions = log_probs(parameters, hidden, targets)
-    return TokenScores(logp, hit, collisions if collision else None)
+    return TokenScores(*log_probs(parameters, hidden, targets))

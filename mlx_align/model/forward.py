@@ -8,7 +8,7 @@ import numpy as np
 
 from mlx_align.data.packing import Batch, pack, pad, split_into_packs
 from mlx_align.data.template import Example, make_example
-from mlx_align.kernels.token_log_prob import TokenScores
+from mlx_align.kernels.token_log_prob import TokenScores, full_log_probs
 from mlx_align.model.load import LoadedModel
 from mlx_align.model.packed import PackLayout, install_hooks
 
@@ -29,19 +29,26 @@ def token_log_probs(
 
 
 def token_scores(
-    loaded: LoadedModel, batch: Batch, *, gradient: bool = False, collision: bool = False
+    loaded: LoadedModel,
+    batch: Batch,
+    *,
+    gradient: bool = False,
+    moments: bool = False,
+    temperature: float = 1.0,
 ) -> TokenScores:
-    """The scores of each target of a batch; `collision` asks for log(sum of p^2), too."""
+    """The scores of each target of a batch, of the logits divided by `temperature`.
+
+    `moments` asks for collision and entropy, too.
+    """
     targets, source = mx.array(batch.target), mx.array(batch.source)
     if loaded.head is None:
         logits = loaded.model(mx.array(batch.tokens), cache=_cache(loaded, batch))
-        rows = logits.reshape(-1, logits.shape[-1])[source].astype(mx.float32)
-        chosen = mx.take_along_axis(rows, targets[:, None], axis=-1)[:, 0]
-        total = mx.logsumexp(rows, axis=-1)
-        collisions = mx.logsumexp(2 * rows, axis=-1) - 2 * total if collision else None
-        return TokenScores(chosen - total, chosen >= rows.max(axis=-1), collisions)
+        rows = logits.reshape(-1, logits.shape[-1])[source].astype(mx.float32) / temperature
+        return full_log_probs(rows, targets, moments=moments)
     hidden = _hidden(loaded, batch)[source]
-    return loaded.head.log_probs(hidden, targets, gradient=gradient, collision=collision)
+    return loaded.head.log_probs(
+        hidden, targets, gradient=gradient, moments=moments, temperature=temperature
+    )
 
 
 def rewards(loaded: LoadedModel, batch: Batch) -> mx.array:

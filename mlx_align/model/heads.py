@@ -70,18 +70,28 @@ class Head:
         """While this is open, the model stops at the head; the tap's `hidden` is what it was given."""
         return _tapped(self.module, self.method, Tap())
 
-    def log_probs(self, hidden, targets, *, gradient: bool, collision: bool = False) -> TokenScores:
-        """The scores of targets int[M] given hidden [M, D]."""
-        projection = self._projection()
+    def log_probs(
+        self,
+        hidden,
+        targets,
+        *,
+        gradient: bool,
+        moments: bool = False,
+        temperature: float = 1.0,
+    ) -> TokenScores:
+        """The scores of targets int[M] given hidden [M, D], of the logits divided by `temperature`."""
+        projection = self._projection(temperature)
         if projection is not None:
-            return frozen_log_probs(
-                hidden, targets, projection, gradient=gradient, collision=collision
-            )
+            return frozen_log_probs(hidden, targets, projection, gradient=gradient, moments=moments)
+
+        def logits(parameters, hidden):
+            return self._logits(parameters, hidden) / temperature
+
         parameters = self.module.trainable_parameters()
         vocabulary = self._logits(parameters, hidden[:1]).shape[-1]
         try:
             return trained_log_probs(
-                hidden, targets, parameters, self._logits, vocabulary, collision=collision
+                hidden, targets, parameters, logits, vocabulary, moments=moments
             )
         finally:
             self.module.update(parameters)
@@ -91,7 +101,7 @@ class Head:
         z = getattr(self.module, self.method)(hidden).astype(mx.float32) * self.scale
         return mx.tanh(z / self.softcap) * self.softcap if self.softcap else z
 
-    def _projection(self) -> Projection | None:
+    def _projection(self, temperature: float) -> Projection | None:
         """The head as a frozen matrix, or None where it is trained or is more than a matrix."""
         module = self.module
         if tree_flatten(module.trainable_parameters()):
@@ -104,7 +114,14 @@ class Head:
             quantisation = (
                 module.scales, module.get("biases"), module.group_size, module.bits, module.mode
             )  # fmt: skip
-        return Projection(module.weight, quantisation, module.get("bias"), self.scale, self.softcap)
+        return Projection(
+            module.weight,
+            quantisation,
+            module.get("bias"),
+            self.scale,
+            self.softcap,
+            temperature,
+        )
 
 
 def find_head(model: nn.Module) -> Head | None:

@@ -67,7 +67,7 @@ def score_batch(
     value, importance = _judgements(batch.examples)
     if method.reads == "rewards":
         return Scores.of_rewards(rewards(loaded, batch), value, importance)
-    scores = token_scores(loaded, batch, gradient=gradient, collision=method.needs_collision)
+    scores = token_scores(loaded, batch, gradient=gradient, moments=method.needs_collision)
     return Scores.of(
         scores.logp,
         scores.hit,

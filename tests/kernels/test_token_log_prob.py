@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 
 from mlx_align.kernels import token_log_prob
-from mlx_align.kernels.token_log_prob import Projection, frozen_log_probs, trained_log_probs
+from mlx_align.kernels.token_log_prob import (
+    Projection,
+    frozen_log_probs,
+    full_log_probs,
+    trained_log_probs,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +62,7 @@ def test_frozen_heads(words, biased, scale, softcap):
     def loss(h):
         return (frozen_log_probs(h, mx.array(targets), head)[0] * mx.array(upstream)).sum()
 
-    logp, found, _ = frozen_log_probs(mx.array(hidden), mx.array(targets), head)
+    logp, found, *_ = frozen_log_probs(mx.array(hidden), mx.array(targets), head)
     assert np.allclose(logp, expected, atol=2e-5)
     assert np.array_equal(found, hit)
     grad = mx.grad(loss)(mx.array(hidden))
@@ -137,3 +142,40 @@ def test_memory_does_not_grow_with_the_vocabulary(monkeypatch):
     small, large = peak(8_000), peak(64_000)
     assert large < 512 * 64_000 * 4 / 4  # a quarter of one copy of the logits
     assert large < 1.3 * small + 2**20
+
+
+@pytest.mark.parametrize("softcap", [None, 4.0])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
+def test_temperature_and_moments(softcap, temperature):
+    """Against float64: log-probabilities and gradients of scaled logits, entropy, log(sum p^2)."""
+    rng = np.random.default_rng(11)
+    hidden, weight = rng.normal(size=(7, 12)), rng.normal(size=(5000, 12)) * 0.4
+    targets = rng.integers(0, 5000, 7)
+    head = Projection(mx.array(weight.astype(np.float32)), None, None, 1.3, softcap, temperature)
+
+    def loss(h):
+        return frozen_log_probs(h, mx.array(targets), head)[0].sum()
+
+    found = frozen_log_probs(
+        mx.array(hidden.astype(np.float32)), mx.array(targets), head, moments=True
+    )
+    z = 1.3 * hidden @ weight.T
+    slope = np.ones_like(z)
+    if softcap:
+        slope = 1 - np.tanh(z / softcap) ** 2
+        z = softcap * np.tanh(z / softcap)
+    z = z / temperature
+    logs = z - np.logaddexp.reduce(z, axis=1, keepdims=True)
+    p = np.exp(logs)
+    rows = np.arange(7)
+    assert np.allclose(np.array(found.logp), logs[rows, targets], rtol=1e-5, atol=1e-5)
+    assert np.allclose(np.array(found.entropy), -(p * logs).sum(1), rtol=1e-5, atol=1e-5)
+    assert np.allclose(np.array(found.collision), np.log((p * p).sum(1)), rtol=1e-5, atol=1e-5)
+    pull = -p.copy()
+    pull[rows, targets] += 1
+    expected = (pull * slope) @ weight * 1.3 / temperature
+    gradient = np.array(mx.grad(loss)(mx.array(hidden.astype(np.float32))))
+    assert np.allclose(gradient, expected, rtol=1e-4, atol=1e-5)
+    full = full_log_probs(mx.array(z.astype(np.float32)), mx.array(targets), moments=True)
+    for ours, other in zip(found, full, strict=True):
+        assert np.allclose(np.array(ours), np.array(other), rtol=1e-4, atol=1e-4)
