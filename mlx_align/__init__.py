@@ -4,7 +4,11 @@ import importlib
 
 _PUBLIC = {
     "train_model": "mlx_align.api",
+    "check_data": "mlx_align.api",
     "generate": "mlx_align.api",
+    "evaluate_model": "mlx_align.api",
+    "sweep": "mlx_align.api",
+    "score": "mlx_align.api",
     "compare": "mlx_align.api",
     "compare_answers": "mlx_align.api",
     "export_model": "mlx_align.api",

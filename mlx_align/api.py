@@ -1,22 +1,29 @@
 """What the command line calls and what a notebook calls."""
 
+import dataclasses
 import datetime
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mlx_align import demo
+from mlx_align.data.inspect import DataCheck
 from mlx_align.data.records import Text
 from mlx_align.demo import DEMO
 from mlx_align.errors import DataError, ExportError, ModelError, SettingsError
-from mlx_align.evaluate.compare import Answers, Comparison
+from mlx_align.evaluate.compare import Answers, Comparison, Evaluation
+from mlx_align.evaluate.sweep import Sweep, run_sweep
+from mlx_align.files import write_json
+from mlx_align.losses import METHODS
 from mlx_align.rollout.sampler import Completion
-from mlx_align.settings import read_file
+from mlx_align.settings import coerce, nearest, read_file, value_type
 from mlx_align.train.config import RunSettings, setting_names
 from mlx_align.train.loop import Events, Result, resume_settings, train
-from mlx_align.train.runlog import RUN, read_run
+from mlx_align.train.runlog import RUN
 
 # Settings that name something on disk or on the Hub.
-_PATHS = ("model", "data", "valid_data", "chat_template")
+_PATHS = ("model", "data", "valid_data", "chat_template", "start", "reference")
+# Their values that are no paths, whatever folders may be called so.
+_KEYWORDS = (DEMO, "start", "none", "chatml")
 
 
 def train_model(
@@ -42,12 +49,50 @@ def train_model(
             raise SettingsError(f"{folder}: is a run of {run.method.name}, not of {method}")
         return train(run, folder, resume=True, events=events, should_stop=should_stop)
     values = {**_read_config(config, method), **_canonical(settings, method)}
-    if values.get("model", DEMO) == DEMO:
-        values = {**demo.SETTINGS.get(method, {}), **values}
-    values |= {name: _absolute(values[name]) for name in _PATHS if values.get(name)}
+    values = _resolve(values, method)
     run = RunSettings.from_flat(method, values, "settings")
     folder = Path(run.train.output or _default_folder(method)).expanduser()
     return train(run, folder, events=events, should_stop=should_stop)
+
+
+def sweep(
+    method: str,
+    *,
+    events: Events | None = None,
+    on_trial: Callable[[int, int, dict], None] = lambda number, count, values: None,
+    **settings,
+) -> Sweep:
+    """Train a method with every combination of the settings that have several values, and pick one.
+
+    `settings` are those of `train_model`; the ones given as lists vary. `output` is the folder of the
+    sweep. Every run is compared with its base, but reward models, which write nothing.
+
+    >>> sweep("dpo", beta=[0.03, 0.1, 0.3], data="prefs.jsonl").pick.folder
+    """
+    known, given = setting_names(method), _canonical(settings, method)
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise SettingsError(f"unknown setting {unknown[0]!r}{nearest(unknown[0], known)}")
+    grid, fixed = {}, {}
+    for name, value in given.items():
+        many = value_type(known[name])[2]
+        values = [value] if many or not isinstance(value, list | tuple) else list(value)
+        values = [coerce(known[name], v) for v in values]
+        (fixed if len(values) == 1 else grid)[name] = values if len(values) > 1 else values[0]
+    folder = Path(fixed.pop("output", None) or _default_folder(f"sweep-{method}")).expanduser()
+    fixed = _resolve(fixed, method)
+    for name in grid:
+        fixed.pop(name, None)
+    tokens = METHODS[method].reads == "tokens"
+    return run_sweep(
+        method,
+        grid,
+        fixed,
+        folder,
+        judge=compare if tokens else None,
+        events=events,
+        on_trial=on_trial,
+    )
 
 
 def generate(
@@ -57,20 +102,75 @@ def generate(
     base: str | None = None,
     dtype: str = "auto",
     prompt_format: str = "auto",
+    best_of: int = 1,
+    scorer: str = "implicit",
     **sampling,
 ) -> list[Completion]:
     """One completion of each prompt by a run, an adapter, or a model.
 
     Prompts are text or lists of messages; `sampling` are the fields of `SamplingSettings`
-    (max_tokens, temperature, top_p, seed).
+    (max_tokens, temperature, top_p, seed). With `best_of` above 1 that many are sampled and the one
+    is returned that `scorer` likes best: "implicit" (the run's own reward), or a reward model's run.
     """
     from mlx_align.model.open import open_model
+    from mlx_align.rollout.best_of import best_of as rank
+    from mlx_align.rollout.best_of import implicit_scorer, reward_scorer
     from mlx_align.rollout.sampler import SamplingSettings, prompt_encoder, sample
 
-    loaded, _ = open_model(source, dtype, base)
+    loaded, adapter = open_model(source, dtype, base)
+    if "score" in loaded.model:
+        raise ModelError(f"{source}: is a reward model; it scores, it does not write")
     encoder = prompt_encoder(loaded, prompt_format)
     ids = [encoder.prompt_ids(prompt) for prompt in prompts]
-    return sample(loaded, ids, SamplingSettings(**sampling))
+    if best_of == 1:
+        return sample(loaded, ids, SamplingSettings(**sampling))
+    sampling.setdefault("temperature", 1.0)
+    if scorer == "implicit":
+        if adapter is None or adapter.kind == "full":
+            raise ModelError(
+                f"{source}: has no adapter to compare with its base; name a reward model"
+            )
+        judge = implicit_scorer(loaded, adapter)
+    else:
+        from mlx_align.model.reward import open_reward_model
+
+        judge = reward_scorer(open_reward_model(scorer, dtype), prompts)
+    settings = SamplingSettings(**sampling)
+    return [r.completions[0] for r in rank(loaded, ids, best_of, judge, settings)]
+
+
+def score(
+    source: str | Path, data: str | Path, *, raw: bool = False, field: Sequence[str] = ()
+) -> list[dict]:
+    """A reward model's reward of every completion in a file: its rows, with the rewards added.
+
+    A pair gets `chosen_reward` and `rejected_reward`, any other row `reward`; one that cannot be
+    scored gets `problem` instead. Rewards are (score - mean) / deviation of the training data, or the
+    plain scores with `raw`.
+    """
+    from mlx_align.data.jsonl import find_files, read_rows
+    from mlx_align.data.records import Unfit, parse_record
+    from mlx_align.data.spellings import parse_fields, rename
+    from mlx_align.model.reward import open_reward_model
+
+    model = open_reward_model(source)
+    if raw:
+        model = dataclasses.replace(model, mean=0.0, std=1.0)
+    encoder, fields = model.encoder(), parse_fields(field)
+    rows, examples, places = [], [], []
+    for file in find_files(str(data))["train"]:
+        for origin, row in read_rows(file):
+            try:
+                found = encoder.examples(parse_record(rename(row, fields, origin), origin).whole())
+                places += [len(rows)] * len(found)
+                examples += found
+            except Unfit as unfit:
+                row = {**row, "problem": unfit.kind}
+            rows.append(row)
+    for place, rewards in zip(places, model.score_examples(examples), strict=True):
+        names = ("chosen_reward", "rejected_reward") if len(rewards) == 2 else ("reward",)
+        rows[place] = {**rows[place], **dict(zip(names, rewards.tolist(), strict=True))}
+    return rows
 
 
 def export_model(
@@ -109,6 +209,10 @@ def export_model(
     else:
         raise ExportError("--output is needed to export a model that is no run")
     loaded, _ = open_model(source, STORED, base)
+    if "score" in loaded.model and to != "hf":
+        raise ExportError(
+            f"{source}: is a reward model, which only transformers can run; use --to hf"
+        )
     if to == "gguf":
         return export_gguf(loaded, path, quantise=quantize)
     if to == "ollama":
@@ -116,53 +220,143 @@ def export_model(
     return export_folder(loaded, path, flavour=to, dtype=dtype)
 
 
-def compare(source: str | Path, *, base: str | None = None) -> Comparison:
-    """What alignment changed: shares of refusals and right answers before and after, and examples.
+def evaluate_model(
+    source: str | Path,
+    data: str | Path | Sequence[str | Path] = (),
+    *,
+    base: str | None = None,
+    dtype: str = "auto",
+    own_sets: bool = True,
+    output: str | Path | None = None,
+    prompt_format: str = "auto",
+    thinking: bool | None = None,
+    **options,
+) -> Evaluation:
+    """Measure a run, an adapter or a model: preferences, refusals, right answers, perplexity, answers.
 
-    Measured on the sets that come with the package; the held-out accuracy is the run's own.
+    `data` are files whose rows say what they are (see `evaluate.cases`); a run's held-out rows are
+    added, and the sets that come along for the kinds that are not given, unless `own_sets` is false.
+    `options` are the fields of `evaluate.compare.Options` and of `SamplingSettings`. `output` is a
+    JSON file to write.
+
+    >>> for row in evaluate_model("runs/mine", "prefs.jsonl").measures:
+    ...     print(row.what, row.after, row.after_interval)
     """
-    from mlx_align.evaluate.answers import demo_sets
-    from mlx_align.evaluate.compare import Change, measure_changes
-    from mlx_align.rollout.sampler import SamplingSettings
+    from mlx_align.evaluate.compare import evaluate_contender, make_options
+    from mlx_align.evaluate.contender import open_contender
+    from mlx_align.evaluate.heldout import gather_sets, read_given
 
-    requests, questions = demo_sets()
-    prompts = [case.prompt for case in (*requests, *questions)]
-    before, after = _both(source, prompts, base, SamplingSettings(max_tokens=64))
-    changes = measure_changes(before, after, requests, questions)
-    if (Path(source) / "run.json").exists():
-        record = read_run(Path(source))
-        held_out = [record.get(when) or {} for when in ("before", "after")]
-        if all("logps/accuracies" in metrics for metrics in held_out):
-            shares = [metrics["logps/accuracies"] for metrics in held_out]
-            what = "prefers the chosen completion (held out)"
-            changes.insert(0, Change(what, *shares, record["valid_examples"], "higher"))
-    harmful = [i for i, r in enumerate(requests) if r.harmful][:1]
-    harmless = [i for i, r in enumerate(requests) if not r.harmful][:1]
-    shown = [*harmful, *harmless, *([len(requests)] if questions else [])]
-    examples = [Answers(prompts[i], before[i], after[i]) for i in shown]
-    return Comparison(changes, examples)
+    chosen, given = make_options(options, source), read_given(data)
+    encoding = {"prompt_format": prompt_format, "thinking": thinking}
+    contender, its_base = open_contender("model", source, base=base, dtype=dtype, **encoding)
+    sets, notes = gather_sets(given, source, contender, own_sets)
+    evaluation = evaluate_contender(contender, its_base, sets, chosen, str(source))
+    evaluation.notes.extend(notes)
+    if output is not None:
+        write_json(Path(output).expanduser(), evaluation.as_dict())
+    return evaluation
+
+
+def compare(
+    before: str | Path,
+    after: str | Path | None = None,
+    *,
+    data: str | Path | Sequence[str | Path] = (),
+    base: str | None = None,
+    dtype: str = "auto",
+    own_sets: bool = True,
+    output: str | Path | None = None,
+    prompt_format: str = "auto",
+    thinking: bool | None = None,
+    **options,
+) -> Comparison:
+    """What changed from one model to another, with intervals and a verdict; see `evaluate_model`.
+
+    With one run, its base is compared with it. Of two models, runs or adapters the first is before.
+
+    >>> print(compare("runs/mine").verdict)
+    aligned: yes; ability: unchanged within noise
+    """
+    from mlx_align.evaluate.compare import compare_contenders, make_options
+    from mlx_align.evaluate.contender import open_pair, same_tokens
+    from mlx_align.evaluate.heldout import gather_sets, read_given
+
+    chosen, given = make_options(options, after or before), read_given(data)
+    pair = open_pair(
+        before, after, base=base, dtype=dtype, prompt_format=prompt_format, thinking=thinking
+    )
+    run = (after or before) if same_tokens(*pair) else None
+    sets, notes = gather_sets(given, run, pair[1], own_sets)
+    names = (pair[0].loaded.name if after is None else str(before), str(after or before))
+    comparison = compare_contenders(*pair, sets, chosen, names)
+    comparison.notes.extend(notes)
+    if output is not None:
+        write_json(Path(output).expanduser(), comparison.as_dict())
+    return comparison
 
 
 def compare_answers(
-    source: str | Path, prompts: Sequence[Text], *, base: str | None = None, **sampling
+    source: str | Path,
+    prompts: Sequence[Text],
+    *,
+    after: str | Path | None = None,
+    base: str | None = None,
+    **sampling,
 ) -> list[Answers]:
-    """What the base and the aligned model say to each prompt."""
+    """What the base and the aligned model say to each prompt, or `source` and `after`."""
+    from mlx_align.evaluate.compare import both_answers
+    from mlx_align.evaluate.contender import open_pair
     from mlx_align.rollout.sampler import SamplingSettings
 
-    before, after = _both(source, prompts, base, SamplingSettings(**sampling))
-    return [Answers(*row) for row in zip(prompts, before, after, strict=True)]
+    pair = open_pair(source, after, base=base)
+    return both_answers(*pair, prompts, SamplingSettings(**sampling))
 
 
-def _both(source, prompts, base, settings) -> tuple[list[str], list[str]]:
-    from mlx_align.evaluate.compare import both_answers
-    from mlx_align.model.load import load_model
-    from mlx_align.model.open import open_model
+def check_data(
+    source: str | Path = DEMO,
+    *,
+    model: str | Path = DEMO,
+    annotators: Sequence[str] = (),
+    examples: int = 1,
+    **settings,
+) -> DataCheck:
+    """What a data set is, which of its rows will not work, and which method fits it.
 
-    loaded, adapter = open_model(source, base=base)
-    if adapter is None:
-        raise ModelError(f"{source}: has no adapter, so there is nothing to compare it with")
-    other = load_model(loaded.name) if adapter.kind == "full" else None
-    return both_answers(loaded, adapter, other, prompts, settings)
+    Of the model only the tokenizer and the chat template are used. `annotators` are the columns with
+    the labels of several annotators, `examples` is how many are rendered, `settings` are the fields of
+    `DataSettings`.
+
+    >>> print("\n".join(check_data("prefs.jsonl", max_length=512).lines()))
+    """
+    from mlx_align.data.advice import advise
+    from mlx_align.data.dataset import DataSettings
+    from mlx_align.data.inspect import UNLIMITED, inspect_data, read_split
+    from mlx_align.data.jsonl import find_files
+    from mlx_align.data.spellings import parse_fields
+    from mlx_align.data.template import Encoder
+    from mlx_align.losses import METHODS
+    from mlx_align.model.load import load_tokenizer
+
+    chosen = DataSettings(data=str(source), **settings)
+    fields = parse_fields(chosen.field)
+    files = find_files(str(demo.data_folder("pairs") if source == DEMO else source), chosen.split)
+    if chosen.valid_data:
+        files["valid"] = find_files(chosen.valid_data)["train"]
+    loaded = load_tokenizer(model, chosen.chat_template)
+    # Rows longer than the model's context are counted here; the tokenizer need not warn of them.
+    loaded.tokenizer.model_max_length = UNLIMITED
+    encoder = Encoder(
+        loaded.tokenizer,
+        max_length=UNLIMITED,
+        template=loaded.template,
+        prompt_format=chosen.prompt_format,
+        thinking=chosen.thinking,
+    )
+    splits = {name: read_split(found, fields) for name, found in files.items()}
+    check = inspect_data(
+        chosen, splits, encoder, model=str(model), annotators=annotators, examples=examples
+    )
+    return advise(check, METHODS)
 
 
 def prompts_from_file(path: Path) -> list[Text]:
@@ -206,10 +400,52 @@ def _canonical(values: dict, method: str) -> dict:
     return {names.get(key.replace("-", "_"), key.replace("-", "_")): v for key, v in values.items()}
 
 
+def _resolve(values: dict, method: str) -> dict:
+    """The settings with paths that hold anywhere, the start's own settings, and the demo's."""
+    values = {**values, **{n: _absolute(values[n]) for n in _PATHS if values.get(n)}}
+    values = _resolve_start(values)
+    if values.get("model", DEMO) == DEMO:
+        values = {**demo.settings(method), **values}
+    return values
+
+
+def _resolve_start(values: dict) -> dict:
+    """The settings of a run that goes on from an adapter: its base, and how it was made.
+
+    A run given as the model is the same as its base with the run as `start`.
+    """
+    from mlx_align.model.adapter import read_adapter_config, settings_of_adapter
+    from mlx_align.model.open import find_adapter
+
+    values = dict(values)
+    if "start" not in values and find_adapter(values.get("model", DEMO)):
+        values["start"] = values.pop("model")
+    if not values.get("start"):
+        return values
+    folder = find_adapter(values["start"])
+    if folder is None:
+        raise ModelError(
+            f"{values['start']}: neither a run nor an adapter, so nothing to start from"
+        )
+    config = read_adapter_config(folder)
+    if config.get("head"):
+        raise ModelError(f"{folder}: is a reward model, which cannot be the start of another run")
+    made = settings_of_adapter(folder)
+    for name, value in made.items():
+        if name in values and name != "lora_dropout" and values[name] not in (value, None):
+            raise SettingsError(
+                f"{name}: the adapter to start from has {value}, so it cannot be {values[name]}"
+            )
+    base = config.get("model")
+    if base:
+        values.setdefault("model", base)
+    return {**made, **values}
+
+
 def _absolute(name: str) -> str:
     """A local path as an absolute one, so that the record of a run holds anywhere on this machine."""
     path = Path(name).expanduser()
-    return str(path.resolve()) if path.exists() and name != "demo" else name
+    return str(path.resolve()) if path.exists() and name not in _KEYWORDS else name
 
 
 def _default_folder(method: str) -> Path:

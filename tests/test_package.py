@@ -97,7 +97,7 @@ def test_imports_go_one_way(file):
 
 def test_losses_know_only_mathematics():
     for file in (PACKAGE / "losses").glob("*.py"):
-        assert set(imported_rooms(file)) <= {"losses", "settings"}
+        assert set(imported_rooms(file)) <= {"losses", "settings", "errors"}
 
 
 @pytest.fixture(scope="module")
@@ -162,3 +162,10 @@ def test_no_path_of_a_machine_and_no_leftovers_in_the_tree():
         if file.suffix in (".py", ".md", "") and file.is_file():
             text = file.read_text()
             assert not [w for w in words if w in text], file
+
+
+def test_the_readmes_table_of_methods_is_the_registers():
+    made = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "readme_methods"], capture_output=True, text=True
+    )
+    assert made.stdout in (ROOT / "README.md").read_text(encoding="utf-8")

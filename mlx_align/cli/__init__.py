@@ -18,10 +18,11 @@ def cli():
 
 
 def _register():
-    from mlx_align.cli import export, train, use
+    from mlx_align.cli import data, evaluate, export, sweep, train, use
 
-    for command in (*train.commands(), *use.commands(), *export.commands()):
-        cli.add_command(command)
+    for room in (train, sweep, use, evaluate, export, data):
+        for command in room.commands():
+            cli.add_command(command)
 
 
 def main(arguments: list[str] | None = None) -> None:

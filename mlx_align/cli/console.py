@@ -12,8 +12,11 @@ from mlx_align.train.loop import Events
 
 # What the live line shows of the metrics, where they are there.
 SHOWN = {
+    "accuracy": "accuracy",
+    "margin": "margin",
     "rewards/accuracies": "accuracy",
     "rewards/margins": "margin",
+    "kl": "kl",
     "mean_token_accuracy": "token accuracy",
 }
 # Seconds between lines where there is no terminal to rewrite a line on.
@@ -76,7 +79,7 @@ class Console(Events):
 
     def on_eval(self, row: dict) -> None:
         parts = [f"held out at step {row['step']}:", f"loss {row['loss']:.4f}"]
-        if row["step"] == 0 and "logps/accuracies" in row:
+        if row["step"] == 0 and row.get("rewards/margins") == 0:
             # The policy still is the reference, so its rewards are all zero and say nothing.
             parts.append(f"chosen is likelier {row['logps/accuracies']:.2f}")
         else:

@@ -18,6 +18,8 @@ class Comma(click.ParamType):
     name = "name,name"
 
     def convert(self, value, param, ctx):
+        if isinstance(value, tuple):
+            return value
         return tuple(part.strip() for part in value.split(",") if part.strip())
 
 

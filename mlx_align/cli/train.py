@@ -14,8 +14,8 @@ from mlx_align.train.config import GROUPS, setting_names
 HEADINGS = dict(zip(GROUPS, ("Model", "Data", "Adapter", "Training"), strict=True))
 # What the table at the end shows, where the method has it.
 SHOWN_BEFORE_AFTER = (
-    "loss", "rewards/accuracies", "logps/accuracies", "rewards/margins", "logps/chosen",
-    "logps/rejected", "mean_token_accuracy",
+    "loss", "accuracy", "margin", "rewards/accuracies", "logps/accuracies", "rewards/margins",
+    "logps/chosen", "logps/rejected", "kl", "mean_token_accuracy",
 )  # fmt: skip
 
 
@@ -85,19 +85,19 @@ def _train(context: click.Context, method: str, values: dict) -> int:
         click.echo(f"stopped after step {result.steps}; a checkpoint was written. Go on with:")
         click.echo(f"  mlx-align {method} --resume {result.folder}")
         return 130
-    _show_result(result)
+    _show_result(method, result)
     return 0
 
 
-def _show_result(result) -> None:
+def _show_result(method: str, result) -> None:
     if result.after:
         rows = []
         for name in SHOWN_BEFORE_AFTER:
-            if name in result.after:
+            if name in result.after and name in result.before:
                 before, after = result.before[name], result.after[name]
                 cells = [f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}"]
-                if name.startswith("rewards/"):
-                    # Of the untrained policy all rewards are zero, by definition.
+                if name.startswith("rewards/") and before == 0:
+                    # Where the policy still is the reference, rewards are zero and say nothing.
                     cells[0] = cells[2] = "-"
                 rows.append([name, *cells])
         click.echo("\n" + table(["held-out data", "before", "after", "change"], rows))
@@ -106,6 +106,10 @@ def _show_result(result) -> None:
                 f"lowest held-out loss was at step {result.best_step}: {result.folder}/checkpoints/best"
             )
     click.echo(f"\nrun folder: {result.folder}")
+    if METHODS[method].reads == "rewards":
+        click.echo(f"  use it:   mlx-align score {result.folder} --data FILE")
+        click.echo(f"  export:   mlx-align export {result.folder} --to hf")
+        return
     click.echo(f"  try it:   mlx-align chat {result.folder}")
     click.echo(f"  compare:  mlx-align compare {result.folder}")
     click.echo(f"  export:   mlx-align export {result.folder} --to ollama")

@@ -1,4 +1,4 @@
-"""Commands that let a model speak: chat, generate, compare."""
+"""Commands that let a model speak or score: chat, generate, score."""
 
 import json
 import sys
@@ -6,15 +6,17 @@ from pathlib import Path
 
 import click
 
-from mlx_align.cli.console import open_console, table
-from mlx_align.cli.options import SettingOption, SettingsCommand, given, settings_options
-from mlx_align.errors import SettingsError
+from mlx_align.cli.console import open_console
+from mlx_align.cli.options import Comma, SettingOption, SettingsCommand, given, settings_options
+from mlx_align.data.agreement import wilson_share
+from mlx_align.errors import ModelError, SettingsError
+from mlx_align.files import write_atomically
 from mlx_align.rollout.sampler import SamplingSettings
 
 
 def commands() -> list[click.Command]:
     """The commands of this file."""
-    return [_chat(), _generate(), _compare()]
+    return [_chat(), _generate(), _score()]
 
 
 def _option(*flags, **kwargs):
@@ -41,6 +43,8 @@ def _chat() -> click.Command:
 
         open_console()
         loaded, _ = open_model(values["source"], values["dtype"], values["model"])
+        if "score" in loaded.model:
+            raise ModelError(f"{values['source']}: is a reward model; it scores, it does not write")
         if loaded.template is None:
             click.echo("note: this model has no chat template; what you type is continued as text")
         conversation = Conversation(loaded, _sampling(values), values["system"])
@@ -96,6 +100,8 @@ def _generate() -> click.Command:
             base=values["model"],
             dtype=values["dtype"],
             prompt_format=values["prompt_format"],
+            best_of=values["best_of"],
+            scorer=values["scorer"],
             **given(values, ("max_tokens", "temperature", "top_p", "seed")),
         )
         for prompt, completion in zip(prompts, completions, strict=True):
@@ -122,11 +128,67 @@ def _generate() -> click.Command:
                 default="auto",
                 help="Whether a prompt is a user's turn or text to go on with.",
             ),
+            _option(
+                "--best-of",
+                type=click.IntRange(min=1),
+                default=1,
+                help="Sample so many completions of a prompt and take the best (at temperature 1, "
+                "unless given).",
+            ),
+            _option(
+                "--scorer",
+                default="implicit",
+                help="What is best: implicit (by the run's own log pi - log pi_ref), or the run of a "
+                "reward model.",
+            ),
             _option("--model", **_BASE),
             _option("--dtype", **_DTYPE),
             *settings_options(SamplingSettings, "Sampling"),
         ],
         help="Complete a prompt, or a file of prompts, with a run, an adapter, or a model.",
+    )
+
+
+def _score() -> click.Command:
+    def run(**values):
+        from mlx_align import api
+
+        open_console()
+        rows = api.score(values["source"], values["data"], raw=values["raw"], field=values["field"])
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        if values["output"]:
+            write_atomically(Path(values["output"]), "".join(lines))
+            click.echo(f"written: {values['output']}")
+        else:
+            click.echo("".join(lines), nl=False)
+        margins = [r["chosen_reward"] - r["rejected_reward"] for r in rows if "chosen_reward" in r]
+        if margins:
+            share = wilson_share(sum(m > 0 for m in margins), len(margins))
+            click.echo(
+                f"the chosen completion has the higher reward in {share.share:.1%} of {len(margins)} "
+                f"pairs (95 % interval {share.low:.1%} to {share.high:.1%})",
+                err=True,
+            )
+        left_out = [r["problem"] for r in rows if "problem" in r]
+        if left_out:
+            click.echo(f"{len(left_out)} rows could not be scored: {left_out[0]}", err=True)
+
+    return SettingsCommand(
+        "score",
+        callback=run,
+        params=[
+            click.Argument(["source"], metavar="REWARD_RUN"),
+            _option("--data", required=True, help="File of pairs, completions or conversations."),
+            _option("--output", help="File for the rows with their rewards. Default: printed."),
+            _option("--raw", is_flag=True, help="The head's scores, not normalised."),
+            _option(
+                "--field",
+                type=Comma(),
+                default=(),
+                help="Columns under other names, as NAME=COLUMN.",
+            ),
+        ],
+        help="Rewards of all completions in a file, by a reward model.",
     )
 
 
@@ -139,52 +201,3 @@ def read_prompts(prompt: str | None, file: str | None) -> list:
     if prompt is not None:
         return [prompt]
     return prompts_from_file(Path(file))
-
-
-def _compare() -> click.Command:
-    def run(**values):
-        from mlx_align import api
-
-        open_console()
-        options = given(values, ("max_tokens", "temperature", "top_p", "seed"))
-        if values["prompt"] or values["prompts"]:
-            prompts = read_prompts(values["prompt"], values["prompts"])
-            answers = api.compare_answers(
-                values["source"], prompts, base=values["model"], **options
-            )
-        else:
-            comparison = api.compare(values["source"], base=values["model"])
-            answers = comparison.answers
-            rows = [
-                [
-                    f"{c.what} (of {c.count})",
-                    f"{c.before:.0%}",
-                    f"{c.after:.0%}",
-                    f"{c.after - c.before:+.0%}",
-                ]
-                for c in comparison.changes
-            ]
-            click.echo(table(["", "base", "aligned", "change"], rows))
-        for row in answers:
-            _show_answers(row)
-
-    return SettingsCommand(
-        "compare",
-        callback=run,
-        params=[
-            click.Argument(["source"], metavar="RUN"),
-            _option("--prompt", "-p", help="One prompt."),
-            _option("--prompts", help="File of prompts (.txt or .jsonl)."),
-            _option("--model", **_BASE),
-            *settings_options(SamplingSettings, "Sampling"),
-        ],
-        help="The base and the aligned model side by side. Without prompts: how often both refuse "
-        "harmful requests and answer knowledge questions, on sets that come with the package.",
-    )
-
-
-def _show_answers(row) -> None:
-    prompt = row.prompt if isinstance(row.prompt, str) else row.prompt[-1]["content"]
-    click.echo(click.style(f"\n> {prompt.strip()}", bold=True))
-    click.echo(f"  base     {row.base.strip()}")
-    click.echo(f"  aligned  {row.aligned.strip()}")
