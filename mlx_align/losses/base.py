@@ -54,6 +54,9 @@ class Scores(NamedTuple):
     over tokens. collision, float32[M], is log(sum p^2) over the vocabulary where a method asked for
     it; in_prompt, float32[M], is 1 for tokens of prompts (whose weight is 0), where those are scored;
     reward, float32[N], is a reward head's score, where there is one.
+
+    Of sampled completions old_token, float32[M], is the log-probability under the policy that sampled
+    them, and advantage, float32[M], how much better than expected a token turned out.
     """
 
     token: mx.array
@@ -70,6 +73,8 @@ class Scores(NamedTuple):
     collision: mx.array | None = None
     in_prompt: mx.array | None = None
     reward: mx.array | None = None
+    old_token: mx.array | None = None
+    advantage: mx.array | None = None
 
     @classmethod
     def of(
@@ -165,9 +170,13 @@ class Method(Settings):
     """Base class of all methods; the class attributes are set by `@method`."""
 
     name: ClassVar[str] = ""
-    data: ClassVar[str] = ""  # "pairs", "labels" or "completions"
+    data: ClassVar[str] = ""  # "pairs", "labels", "completions" or "prompts"
     learning_rate: ClassVar[float] = 1e-5
     source: ClassVar[str] = ""
+    # What logits are divided by before they are scored: the temperature of the sampling.
+    temperature: ClassVar[float] = 1.0
+    # The held-out metric that tells the best checkpoint, and whether it is to rise.
+    monitor: ClassVar[tuple[str, bool]] = ("loss", False)
     # What the model gives: "tokens" (log-probabilities) or "rewards" (of a scalar head).
     reads: ClassVar[str] = "tokens"
     # What the loss of a part of the optimizer step needs to know of the whole: nothing (None), the
@@ -240,8 +249,8 @@ METHODS: dict[str, type[Method]] = {}
 def method(name: str, *, data: str, learning_rate: float, source: str) -> Callable[[type], type]:
     """Register a method class under its command name.
 
-    `data` is what it learns from ("pairs", "labels" or "completions"), `learning_rate` its default for
-    LoRA, `source` the paper.
+    `data` is what it learns from ("pairs", "labels", "completions" or "prompts"), `learning_rate` its
+    default for LoRA, `source` the paper.
     """
 
     def register(cls):

@@ -43,16 +43,16 @@ class Checkpoints:
         self._extra = adapter_extra
         self._keep = keep
 
-    def save(self, adapter: Adapter, optimizer: Optimizer, progress: Progress, moving=None) -> Path:
+    def save(self, adapter: Adapter, optimizer: Optimizer, progress: Progress, keeps: dict) -> Path:
         """Write the state after `progress.step` steps and remove the oldest ones.
 
-        `moving` is the reference that follows the policy, where there is one.
+        `keeps` is what else is to be kept, by name; each has state() and load().
         """
         target = self.folder / f"step-{progress.step:06d}"
         temporary = self._begin(target, adapter)
         save_weights(temporary / "optimizer.safetensors", optimizer.state())
-        if moving is not None:
-            save_weights(temporary / "reference.safetensors", moving.state())
+        for name, kept in keeps.items():
+            save_weights(temporary / f"{name}.safetensors", kept.state())
         write_json(temporary / "state.json", asdict(progress))
         replace_folder(temporary, target)
         for old in self._steps()[: -self._keep]:
@@ -67,7 +67,7 @@ class Checkpoints:
         replace_folder(temporary, target)
         return target
 
-    def load_latest(self, adapter: Adapter, optimizer: Optimizer, moving=None) -> Progress:
+    def load_latest(self, adapter: Adapter, optimizer: Optimizer, keeps: dict) -> Progress:
         """Put the newest state back; a fresh `Progress` where there is none."""
         self._clean()
         steps = self._steps()
@@ -78,7 +78,7 @@ class Checkpoints:
             progress = Progress(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
             weights = mx.load(str(folder / WEIGHTS))
             state = mx.load(str(folder / "optimizer.safetensors"))
-            followed = mx.load(str(folder / "reference.safetensors")) if moving else None
+            kept = {name: mx.load(str(folder / f"{name}.safetensors")) for name in keeps}
         except (OSError, ValueError, TypeError, RuntimeError) as error:
             raise RunError(
                 f"{folder}: this checkpoint cannot be read ({error}); delete the folder to go on from "
@@ -86,8 +86,8 @@ class Checkpoints:
             ) from None
         adapter.load(weights, str(folder / WEIGHTS))
         optimizer.load(state, adapter.parameters())
-        if moving is not None:
-            moving.load(followed)
+        for name, values in kept.items():
+            keeps[name].load(values)
         return progress
 
     def _begin(self, target: Path, adapter: Adapter) -> Path:

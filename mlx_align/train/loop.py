@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,29 +19,25 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_align.data.dataset import Dataset, DataSettings, load_dataset
-from mlx_align.data.stream import Stream, mismatched
+from mlx_align.data.stream import Stream
 from mlx_align.data.template import Encoder, Example
-from mlx_align.errors import AlignError, ModelError, RunError, StaleReferenceError
+from mlx_align.errors import AlignError, RunError, StaleReferenceError
 from mlx_align.files import write_atomically
 from mlx_align.model.adapter import WEIGHTS, Adapter, wear_adapter
-from mlx_align.model.forward import choose_layout, make_batches, rewards
+from mlx_align.model.forward import choose_layout
 from mlx_align.model.heads import attach_reward_head
 from mlx_align.model.load import LoadedModel, load_model
-from mlx_align.model.open import TEMPLATE, find_adapter, open_model
+from mlx_align.model.open import TEMPLATE, find_adapter
 from mlx_align.model.recompute import checkpoint_blocks
+from mlx_align.settings import fingerprint
 from mlx_align.train.checkpoint import Checkpoints, Progress
 from mlx_align.train.config import RunSettings
 from mlx_align.train.diagnosis import Diagnosis
-from mlx_align.train.moving import MovingReference
 from mlx_align.train.optimizer import Optimizer, learning_rate_at
-from mlx_align.train.reference import (
-    LogProbs,
-    join_reference,
-    model_fingerprint,
-    reference_log_probs,
-)
+from mlx_align.train.reference import model_fingerprint
 from mlx_align.train.runlog import Metrics, check_space, claim_folder, read_run, versions, write_run
-from mlx_align.train.step import Part, evaluate, survey, train_step
+from mlx_align.train.source import Ground, Offline, Source
+from mlx_align.train.step import NOTHING, train_step
 
 log = logging.getLogger("mlx_align")
 
@@ -78,36 +74,15 @@ class Result:
 class _Run:
     """What one training run works with."""
 
-    settings: RunSettings
-    folder: Path
-    loaded: LoadedModel
-    adapter: Adapter
-    dataset: Dataset
-    stream: Stream
-    held_out: list[Example]
-    total: int
-    partners: dict[str, Example]
-    reference: LogProbs | None
-    moving: MovingReference | None
+    ground: Ground
+    source: Source
     checkpoints: Checkpoints
     metrics: Metrics
     events: Events
 
-    def parts(self, examples: Sequence[Example]) -> list[Part]:
-        """The examples as packs, each with its reference."""
-        prompts = self.settings.method.scores_prompts
-        packs = make_batches(
-            self.loaded, examples, self.settings.train.pack_length, prompts=prompts
-        )
-        if self.moving is not None:
-            return [(pack, self.moving.log_probs(pack)) for pack in packs]
-        if self.reference is None:
-            return [(pack, None) for pack in packs]
-        return [(pack, join_reference(pack, self.reference)) for pack in packs]
-
-    def mismatched(self, examples: Sequence[Example]) -> list[Part]:
-        """Packs of the examples' prompts with completions of other prompts, where the method asks."""
-        return self.parts([self.partners[e.uid] for e in examples if e.uid in self.partners])
+    @property
+    def settings(self) -> RunSettings:
+        return self.ground.settings
 
 
 def train(
@@ -117,12 +92,16 @@ def train(
     resume: bool = False,
     events: Events | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    prepared: dict[str, Dataset] | None = None,
+    make_source: Callable[[Ground], Source] = Offline,
 ) -> Result:
     """Run the training that the settings describe in `folder`, or go on with the one that is there.
 
     `should_stop` is asked after every step; when it says yes, a checkpoint is written and the
     unfinished result returned. Before the first step there is nothing to write: what is asked to stop
-    there raises `KeyboardInterrupt`, and the run can be resumed all the same.
+    there raises `KeyboardInterrupt`, and the run can be resumed all the same. `prepared` keeps data
+    sets by what they depend on, for several runs on the same data. `make_source` makes what says which
+    examples each step learns from.
     """
     events = events or Events()
     if resume:
@@ -134,7 +113,7 @@ def train(
     events.on_start(folder)
     with _awake():
         try:
-            run = _prepare(settings, folder, record, events, should_stop)
+            run = _prepare(settings, folder, record, events, should_stop, prepared, make_source)
         except AlignError:
             if not resume:
                 # Nothing was begun, so nothing is left behind: the same command can be given again.
@@ -144,7 +123,13 @@ def train(
 
 
 def _prepare(
-    settings: RunSettings, folder: Path, record: dict, events: Events, should_stop
+    settings: RunSettings,
+    folder: Path,
+    record: dict,
+    events: Events,
+    should_stop,
+    prepared: dict[str, Dataset] | None,
+    make_source: Callable[[Ground], Source],
 ) -> _Run:
     loaded = load_model(
         settings.model.model,
@@ -161,7 +146,7 @@ def _prepare(
             "runs with its own copy of the prompt; slower, the results are the same"
         )
     _use_memory_well()
-    dataset = _read_data(settings, loaded)
+    dataset = _read_data(settings, loaded, {} if prepared is None else prepared)
     facts = {
         "model_fingerprint": model_fingerprint(loaded),
         "data_fingerprint": dataset.fingerprint,
@@ -218,20 +203,16 @@ def _prepare(
     )
     total = settings.train.steps or math.ceil(settings.train.epochs * stream.steps_per_epoch)
     held_out = _sample(dataset.valid, settings.train.eval_examples, settings.train.seed)
-    seen = [*stream.seen(total), *held_out]
-    partners: dict[str, Example] = {}
-    if settings.method.coupled == "mismatched":
-        for examples in (dataset.train, dataset.valid):
-            partners |= mismatched(examples, settings.data.max_length, settings.train.seed)
-        seen += [partners[e.uid] for e in seen if e.uid in partners]
-    reference = moving = None
-    if settings.method.uses_reference:
-        if settings.method.sync_every:
-            moving = MovingReference(
-                loaded, adapter, settings.method.sync_every, settings.method.sync_weight
-            )
-        else:
-            reference = _reference(settings, loaded, adapter, seen, events, should_stop)
+
+    def on_progress(what, done, count):
+        events.on_progress(what, done, count)
+        if should_stop():
+            raise KeyboardInterrupt
+
+    ground = Ground(
+        settings, folder, loaded, adapter, dataset, stream, held_out, total, on_progress
+    )
+    source = make_source(ground)
     if settings.train.grad_checkpoint:
         checkpoint_blocks(loaded.model)
     if settings.data.chat_template:
@@ -239,22 +220,7 @@ def _prepare(
     checkpoints = Checkpoints(
         folder, settings.adapter, _adapter_extra(settings), settings.train.keep_checkpoints
     )
-    return _Run(
-        settings,
-        folder,
-        loaded,
-        adapter,
-        dataset,
-        stream,
-        held_out,
-        total,
-        partners,
-        reference,
-        moving,
-        checkpoints,
-        Metrics(folder),
-        events,
-    )
+    return _Run(ground, source, checkpoints, Metrics(folder), events)
 
 
 def _start_from(adapter: Adapter, start: str | None) -> None:
@@ -270,33 +236,6 @@ def _start_from(adapter: Adapter, start: str | None) -> None:
     adapter.load({**weights, **fresh}, str(folder / WEIGHTS))
 
 
-def _reference(settings, loaded, adapter, examples, events, should_stop) -> LogProbs:
-    """The log-probabilities of all examples under the reference that the settings name."""
-
-    def on_progress(done, count):
-        events.on_progress("reference", done, count)
-        if should_stop():
-            raise KeyboardInterrupt
-
-    pack_length, name = settings.train.pack_length, settings.method.reference
-    if name != "start":
-        other, worn = open_model(name, settings.model.dtype)
-        if other.tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
-            raise ModelError(
-                f"{name}: has another vocabulary than {loaded.name}, so it cannot be its reference"
-            )
-        choose_layout(other)
-        other.model.eval()
-        arrays = None if worn is None else worn.weights()
-        return reference_log_probs(other, None, examples, pack_length, on_progress, arrays)
-    loaded.model.eval()
-    if settings.adapter.start:
-        return reference_log_probs(
-            loaded, None, examples, pack_length, on_progress, adapter.weights()
-        )
-    return reference_log_probs(loaded, adapter, examples, pack_length, on_progress)
-
-
 def _adapter_extra(settings: RunSettings) -> dict:
     """What the adapter's config says besides mlx-lm's keys: where to put it on, how it was made."""
     extra = {"model": settings.model.model, "method": settings.method.name}
@@ -305,7 +244,19 @@ def _adapter_extra(settings: RunSettings) -> dict:
     return extra
 
 
-def _read_data(settings: RunSettings, loaded: LoadedModel) -> Dataset:
+def _read_data(settings: RunSettings, loaded: LoadedModel, prepared: dict) -> Dataset:
+    method, seed = settings.method, settings.train.seed
+    key = fingerprint(
+        [
+            asdict(settings.data),
+            settings.model.model,
+            loaded.template.date if loaded.template else None,
+            seed,
+            [method.data, method.reads, method.needs_margin],
+        ]
+    )
+    if key in prepared:
+        return prepared[key]
     max_length = settings.data.max_length
     if loaded.context_length and max_length > loaded.context_length:
         max_length = loaded.context_length
@@ -318,83 +269,69 @@ def _read_data(settings: RunSettings, loaded: LoadedModel) -> Dataset:
         prompt_format=settings.data.prompt_format,
         thinking=settings.data.thinking,
         # A reward is read off the end, which a cut answer does not have.
-        truncate=settings.method.reads != "rewards",
+        truncate=method.reads != "rewards",
     )
     dataset = load_dataset(
         settings.data,
         encoder,
-        kind=settings.method.data,
-        method=settings.method.name,
-        seed=settings.train.seed,
-        needs_margin=settings.method.needs_margin,
+        kind=method.data,
+        method=method.name,
+        seed=seed,
+        needs_margin=method.needs_margin,
     )
     for line in dataset.report.lines():
         log.warning("%s", line)
+    prepared[key] = dataset
     return dataset
 
 
 def _loop(run: _Run, record: dict, should_stop) -> Result:
-    settings, stream, total = run.settings.train, run.stream, run.total
+    ground, source = run.ground, run.source
+    settings, method, total = run.settings.train, run.settings.method, ground.total
+    loaded, adapter = ground.loaded, ground.adapter
     eval_every = max(1, total // 4) if settings.eval_every is None else settings.eval_every
     optimizer = Optimizer(settings.weight_decay, settings.max_grad_norm)
-    progress = run.checkpoints.load_latest(run.adapter, optimizer, run.moving)
+    progress = run.checkpoints.load_latest(adapter, optimizer, source.keeps)
     # Without a checkpoint everything is done again, the evaluation before the first step too.
     run.metrics.cut_after(progress.step or -1)
-    diagnosis = Diagnosis(
-        run.settings.method.name, run.settings.flat(), total, run.settings.method.uses_reference
-    )
-    for row in run.metrics.rows():
-        diagnosis.update(row)
-
-    def note(row):
-        run.metrics.write(row)
-        for finding in diagnosis.update(row):
-            log.warning("step %d: %s", finding.step, finding.text)
-
+    note = _Notes(run)
     if progress.step == 0:
         record["before"] = _evaluate(run, progress, note)
-        write_run(run.folder, record)
+        write_run(ground.folder, record)
 
     while progress.step < total:
         learning_rate = learning_rate_at(
             progress.step, total, run.settings.learning_rate, settings.schedule, settings.warmup
         )
         started = time.perf_counter()
-        examples = stream.batch(progress.step)
-        parts = run.parts(examples)
-        run.loaded.model.eval()
-        whole, progress.method_state = survey(
-            run.loaded,
-            run.settings.method,
-            parts,
-            run.mismatched(examples),
-            progress.method_state,
-        )
-        run.loaded.model.train()
+        work = source.work(progress.step, progress.method_state)
         # Dropout then depends on the step alone, and a resumed run draws what the unbroken one drew.
         mx.random.seed(settings.seed * 1_000_003 + progress.step)
-        totals, grad_norm = train_step(
-            run.loaded, run.adapter, optimizer, run.settings.method, parts, learning_rate, whole
-        )
+        totals, norms = NOTHING, []
+        for parts, whole in work.updates:
+            loaded.model.train()
+            here, norm = train_step(loaded, adapter, optimizer, method, parts, learning_rate, whole)
+            totals, norms = totals.add(here), [*norms, norm]
+        progress.method_state = work.state
         seconds = time.perf_counter() - started
-        tokens = sum(batch.real_tokens for batch, _ in parts)
         progress.step += 1
-        if run.moving is not None:
-            run.moving.after(progress.step)
-        progress.tokens += tokens
+        source.after(progress.step)
+        progress.tokens += work.tokens
         progress.seconds += seconds
         row = {
             "step": progress.step,
             "split": "train",
-            "epoch": stream.epoch(progress.step),
+            "epoch": ground.stream.epoch(progress.step),
             **totals.means(),
+            **work.metrics,
             "learning_rate": learning_rate,
-            "grad_norm": grad_norm,
-            "tokens_per_second": tokens / seconds,
+            "grad_norm": sum(norms) / len(norms),
+            "tokens_per_second": work.tokens / seconds,
             "num_tokens": progress.tokens,
             "peak_memory_gb": mx.get_peak_memory() / 1e9,
             "seconds": progress.seconds,
         }
+        run.metrics.write_samples(progress.step, work.samples)
         note(row)
         run.events.on_step(row, total)
         last = progress.step == total
@@ -403,21 +340,22 @@ def _loop(run: _Run, record: dict, should_stop) -> Result:
             _keep_best(run, progress, after)
         stopping = not last and should_stop()
         if stopping or (progress.step % settings.save_every == 0 and not last):
-            run.checkpoints.save(run.adapter, optimizer, progress, run.moving)
+            run.checkpoints.save(adapter, optimizer, progress, source.keeps)
         if stopping:
             break
 
     finished = progress.step == total
     extra = _adapter_extra(run.settings)
-    if finished and run.settings.method.reads == "rewards":
-        extra["reward"] = record["reward"] = _reward_statistics(run)
-    run.adapter.save(run.folder, run.settings.adapter, extra)
-    record |= {"finished": finished, "progress": asdict(progress)}
     if finished:
+        facts = source.facts()
+        extra |= facts
+        record |= facts
         record["after"] = after
-    write_run(run.folder, record)
+    adapter.save(ground.folder, run.settings.adapter, extra)
+    record |= {"finished": finished, "progress": asdict(progress)}
+    write_run(ground.folder, record)
     return Result(
-        run.folder,
+        ground.folder,
         progress.step,
         finished,
         record.get("before") or {},
@@ -426,21 +364,34 @@ def _loop(run: _Run, record: dict, should_stop) -> Result:
     )
 
 
-def _evaluate(run: _Run, progress: Progress, note) -> dict:
-    """The method's loss and metrics on held-out data; an empty dict where there is none."""
-    if not run.held_out:
+class _Notes:
+    """Writes rows down and says what they bring to light; on resuming, what was said is not repeated."""
+
+    def __init__(self, run: _Run):
+        settings = run.settings
+        self._metrics = run.metrics
+        self._diagnosis = Diagnosis(
+            settings.method.name, settings.flat(), run.ground.total, settings.method.uses_reference
+        )
+        for row in run.metrics.rows():
+            self._diagnosis.update(row)
+
+    def __call__(self, row: dict) -> None:
+        self._metrics.write(row)
+        for finding in self._diagnosis.update(row):
+            log.warning("step %d: %s", finding.step, finding.text)
+
+
+def _evaluate(run: _Run, progress: Progress, note: _Notes) -> dict:
+    """The metrics on held-out data, written down; an empty dict where there is none."""
+    run.ground.loaded.model.eval()
+    means = run.source.measure(progress.method_state)
+    if not means:
         return {}
-    run.loaded.model.eval()
-    parts, method = run.parts(run.held_out), run.settings.method
-    # All of it counts as one step; what a method keeps from step to step stays as it is.
-    whole, _ = survey(
-        run.loaded, method, parts, run.mismatched(run.held_out), dict(progress.method_state)
-    )
-    means = evaluate(run.loaded, method, parts, whole).means()
     row = {
         "step": progress.step,
         "split": "valid",
-        "epoch": run.stream.epoch(progress.step),
+        "epoch": run.ground.stream.epoch(progress.step),
         **means,
     }
     note(row)
@@ -448,24 +399,14 @@ def _evaluate(run: _Run, progress: Progress, note) -> dict:
     return means
 
 
-def _reward_statistics(run: _Run) -> dict:
-    """Mean and standard deviation of the reward over all training completions."""
-    run.loaded.model.eval()
-    packs = make_batches(run.loaded, run.dataset.train, run.settings.train.pack_length)
-    scores = np.concatenate([np.array(rewards(run.loaded, pack)) for pack in packs])
-    return {
-        "mean": float(scores.mean(dtype=np.float64)),
-        "std": float(scores.std(dtype=np.float64)),
-    }
-
-
 def _keep_best(run: _Run, progress: Progress, metrics: dict) -> None:
     if not metrics:
         return
-    value = metrics["loss"]
-    if progress.best_value is None or value < progress.best_value:
+    name, rising = run.settings.method.monitor
+    value, best = metrics[name], progress.best_value
+    if best is None or (value > best if rising else value < best):
         progress.best_value, progress.best_step = value, progress.step
-        run.checkpoints.save_best(run.adapter, progress)
+        run.checkpoints.save_best(run.ground.adapter, progress)
 
 
 def _sample(examples: list[Example], count: int, seed: int) -> list[Example]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from mlx_align.errors import RunError
 from mlx_align.files import write_atomically, write_json
 
-RUN, METRICS = "run.json", "metrics.jsonl"
+RUN, METRICS, SAMPLES = "run.json", "metrics.jsonl", "samples.jsonl"
 
 
 def versions() -> dict[str, str]:
@@ -63,23 +63,38 @@ class Metrics:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(rounded) + "\n")
 
+    def write_samples(self, step: int, samples: list[dict]) -> None:
+        """Append what was sampled in a step to samples.jsonl."""
+        if samples:
+            lines = [json.dumps({"step": step, **s}, ensure_ascii=False) + "\n" for s in samples]
+            with open(self.path.with_name(SAMPLES), "a", encoding="utf-8") as file:
+                file.write("".join(lines))
+
     def cut_after(self, step: int) -> None:
-        """Drop the rows of steps that a resumed run will do again."""
-        kept = [json.dumps(row) + "\n" for row in self.rows() if row["step"] <= step]
-        if self.path.exists():
-            write_atomically(self.path, "".join(kept))
+        """Drop the rows of steps that a resumed run will do again, and their samples."""
+        for path in (self.path, self.path.with_name(SAMPLES)):
+            if path.exists():
+                kept = [row for row in _rows(path) if row["step"] <= step]
+                write_atomically(
+                    path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept)
+                )
 
     def rows(self) -> list[dict]:
         """All complete rows."""
-        rows = []
-        if not self.path.exists():
-            return rows
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                continue
+        return _rows(self.path)
+
+
+def _rows(path: Path) -> list[dict]:
+    """The rows of a file, without a last one that a crash cut short."""
+    rows = []
+    if not path.exists():
         return rows
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
 
 
 def _round(value: float) -> float:

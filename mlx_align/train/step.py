@@ -16,8 +16,18 @@ from mlx_align.model.forward import rewards, token_log_probs, token_scores
 from mlx_align.model.load import LoadedModel
 from mlx_align.train.optimizer import Optimizer
 
-# A pack and the reference's log-probabilities of its table, float32[M], or None.
-Part = tuple[Batch, np.ndarray | None]
+
+class Part(NamedTuple):
+    """A pack and what is known of its table's tokens, float32[M] each, or None.
+
+    The reference's log-probabilities; of samples also those of the policy that sampled them, and their
+    advantages.
+    """
+
+    batch: Batch
+    reference: np.ndarray | None = None
+    old: np.ndarray | None = None
+    advantage: np.ndarray | None = None
 
 
 class Totals(NamedTuple):
@@ -63,24 +73,35 @@ def score_batch(
     gradient: bool = False,
 ) -> Scores:
     """What the model says of a pack, as the method wants it."""
-    batch, reference = part
+    batch = part.batch
     value, importance = _judgements(batch.examples)
     if method.reads == "rewards":
         return Scores.of_rewards(rewards(loaded, batch), value, importance)
-    scores = token_scores(loaded, batch, gradient=gradient, moments=method.needs_collision)
-    return Scores.of(
+    scores = token_scores(
+        loaded,
+        batch,
+        gradient=gradient,
+        moments=method.needs_collision,
+        temperature=method.temperature,
+    )
+    summed = Scores.of(
         scores.logp,
         scores.hit,
         mx.array(batch.owner),
         mx.array(batch.weight),
         batch.completions,
-        None if reference is None else mx.array(reference),
+        _array(part.reference),
         value=value,
         importance=importance,
         mean_length=mean_length,
         collision=scores.collision,
         in_prompt=mx.array(batch.in_prompt) if method.scores_prompts else None,
     )
+    return summed._replace(old_token=_array(part.old), advantage=_array(part.advantage))
+
+
+def _array(values: np.ndarray | None) -> mx.array | None:
+    return None if values is None else mx.array(values)
 
 
 def _judgements(examples: Sequence[Example]) -> tuple[mx.array, mx.array]:
@@ -104,7 +125,7 @@ def survey(
 
     `mismatched` are packs of the same prompts with completions of others, for methods that ask.
     """
-    examples = [e for batch, _ in parts for e in batch.examples]
+    examples = [e for part in parts for e in part.batch.examples]
     length, state = mean_length(examples, method.scores_prompts), state or {}
     if method.coupled is None:
         return Whole(length, [None] * len(parts)), state
@@ -202,7 +223,7 @@ def _check_finite(value: float, loaded, method, parts: Sequence[Part], what: str
     if np.isfinite(value):
         return
     culprits = []
-    for batch, _ in parts:
+    for batch in (part.batch for part in parts):
         if method.reads == "rewards":
             scores, owner = np.asarray(rewards(loaded, batch)), np.arange(batch.completions)
         else:
@@ -210,7 +231,9 @@ def _check_finite(value: float, loaded, method, parts: Sequence[Part], what: str
         bad = set(owner[~np.isfinite(scores)].tolist())
         owners = [e.origin for e in batch.examples for _ in e.completions]
         culprits += [owners[i] for i in sorted(bad)]
-    names = list(dict.fromkeys(culprits)) or [e.origin for b, _ in parts for e in b.examples]
+    names = list(dict.fromkeys(culprits)) or [
+        e.origin for part in parts for e in part.batch.examples
+    ]
     listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     blame = "these examples have scores that are not finite" if culprits else "in the batch of"
     raise NonFiniteError(
