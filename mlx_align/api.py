@@ -16,7 +16,7 @@ from mlx_align.files import write_json
 from mlx_align.losses import METHODS
 from mlx_align.rollout.sampler import Completion
 from mlx_align.settings import coerce, nearest, read_file, value_type
-from mlx_align.train.config import RunSettings, setting_names
+from mlx_align.train.config import RunSettings, find_method, setting_names
 from mlx_align.train.loop import Events, Result, resume_settings, train
 from mlx_align.train.runlog import RUN
 
@@ -47,12 +47,21 @@ def train_model(
         run = resume_settings(folder)
         if run.method.name != method:
             raise SettingsError(f"{folder}: is a run of {run.method.name}, not of {method}")
-        return train(run, folder, resume=True, events=events, should_stop=should_stop)
+        return _train(run, folder, resume=True, events=events, should_stop=should_stop)
     values = {**_read_config(config, method), **_canonical(settings, method)}
     values = _resolve(values, method)
     run = RunSettings.from_flat(method, values, "settings")
     folder = Path(run.train.output or _default_folder(method)).expanduser()
-    return train(run, folder, events=events, should_stop=should_stop)
+    return _train(run, folder, events=events, should_stop=should_stop)
+
+
+def _train(run: RunSettings, folder: Path, **options) -> Result:
+    """The loop, with the source that the method learns from."""
+    if run.method.data != "prompts":
+        return train(run, folder, **options)
+    from mlx_align.rollout.batches import OnlineSource
+
+    return train(run, folder, make_source=OnlineSource, **options)
 
 
 def sweep(
@@ -405,7 +414,13 @@ def _resolve(values: dict, method: str) -> dict:
     values = {**values, **{n: _absolute(values[n]) for n in _PATHS if values.get(n)}}
     values = _resolve_start(values)
     if values.get("model", DEMO) == DEMO:
-        values = {**demo.settings(method), **values}
+        made = demo.settings(method, find_method(method).data)
+        if values.get("data", DEMO) != DEMO:
+            # What the demo's data is rewarded by says nothing of other data.
+            made = {
+                name: value for name, value in made.items() if name in ("learning_rate", "beta")
+            }
+        values = {**made, **values}
     return values
 
 

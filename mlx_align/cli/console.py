@@ -17,6 +17,9 @@ SHOWN = {
     "rewards/accuracies": "accuracy",
     "rewards/margins": "margin",
     "kl": "kl",
+    "reward": "reward",
+    "entropy": "entropy",
+    "completions/mean_length": "length",
     "mean_token_accuracy": "token accuracy",
 }
 # Seconds between lines where there is no terminal to rewrite a line on.
@@ -78,7 +81,9 @@ class Console(Events):
         self.line("  ".join(parts), final=step == total)
 
     def on_eval(self, row: dict) -> None:
-        parts = [f"held out at step {row['step']}:", f"loss {row['loss']:.4f}"]
+        parts = [f"held out at step {row['step']}:"]
+        if "loss" in row:
+            parts.append(f"loss {row['loss']:.4f}")
         if row["step"] == 0 and row.get("rewards/margins") == 0:
             # The policy still is the reference, so its rewards are all zero and say nothing.
             parts.append(f"chosen is likelier {row['logps/accuracies']:.2f}")

@@ -14,8 +14,8 @@ from mlx_align.train.config import GROUPS, setting_names
 HEADINGS = dict(zip(GROUPS, ("Model", "Data", "Adapter", "Training"), strict=True))
 # What the table at the end shows, where the method has it.
 SHOWN_BEFORE_AFTER = (
-    "loss", "accuracy", "margin", "rewards/accuracies", "logps/accuracies", "rewards/margins",
-    "logps/chosen", "logps/rejected", "kl", "mean_token_accuracy",
+    "reward", "loss", "accuracy", "margin", "rewards/accuracies", "logps/accuracies", "rewards/margins",
+    "logps/chosen", "logps/rejected", "kl", "mean_token_accuracy", "completions/mean_length",
 )  # fmt: skip
 
 
@@ -102,9 +102,9 @@ def _show_result(method: str, result) -> None:
                 rows.append([name, *cells])
         click.echo("\n" + table(["held-out data", "before", "after", "change"], rows))
         if result.best_step != result.steps:
-            click.echo(
-                f"lowest held-out loss was at step {result.best_step}: {result.folder}/checkpoints/best"
-            )
+            name, rising = METHODS[method].monitor
+            best = f"{'highest' if rising else 'lowest'} held-out {name}"
+            click.echo(f"{best} was at step {result.best_step}: {result.folder}/checkpoints/best")
     click.echo(f"\nrun folder: {result.folder}")
     if METHODS[method].reads == "rewards":
         click.echo(f"  use it:   mlx-align score {result.folder} --data FILE")

@@ -16,9 +16,8 @@ from mlx_align.demo import DEMO
 FEW, PLENTY = 500, 5000
 # Length decides more often than this, in one direction: it is an easy way to please.
 BIASED = 0.6
-# Shares of wrong labels from which a method made for noise is advised, and from which labels are close
-# to coin flips; an estimate needs so many pairs of judgements.
-NOISY, RANDOM, ENOUGH = 0.05, 0.4, 20
+# Shares of wrong labels: a method made for noise is advised; labels are close to coin flips.
+NOISY, RANDOM = 0.05, 0.4
 # Fleiss' kappa below which annotators have probably read their instructions differently.
 LOW_KAPPA = 0.6
 # Share of examples whose truncation is worth a remark.
@@ -79,7 +78,7 @@ def _on_rows(check):
 
 
 def _on_labels(check):
-    labels, longer, noise = check.good_labels, check.longer_wins, _firm_noise(check)
+    labels, longer, noise = check.good_labels, check.longer_wins, check.noise
     if check.contradicting.count:
         what = "completion" if check.kind == "labels" else "pair"
         yield "warning", f"{check.contradicting} judge the same {what} both ways"
@@ -93,7 +92,7 @@ def _on_labels(check):
         word = "good" if labels.share else "bad"
         yield "warning", f"all labels are {word}: there is nothing to tell apart"
     if noise and noise.rate >= RANDOM:
-        yield "warning", f"{_noisy(noise)}: they hardly say which completion is better"
+        yield "warning", f"about {noise.rate:.0%} wrong labels: they hardly say what is better"
     kappa = check.agreement and check.agreement.fleiss
     if kappa is not None and kappa < LOW_KAPPA:
         why = "their instructions are probably unclear"
@@ -112,32 +111,26 @@ def _fit(check: DataCheck, method: str, reason: str, *flags: str) -> Remark:
         words += ["--model", EXAMPLE_MODEL if model == DEMO else model]
     for field in dataclasses.fields(DataSettings):
         value = getattr(settings, field.name)
-        if value != field.default:
-            name = f"--{field.name.replace('_', '-')}"
-            words += [name, ",".join(value) if isinstance(value, tuple) else str(value)]
+        name = field.name.replace("_", "-")
+        if isinstance(value, bool) and value != field.default:
+            words.append(f"--{name}" if value else f"--no-{name}")
+        elif value != field.default:
+            words += [f"--{name}", ",".join(value) if isinstance(value, tuple) else str(value)]
     return Remark("advice", reason, method, shlex.join([*words, *flags]))
 
 
-def _firm_noise(check):
-    return check.noise if check.noise and check.noise.judged >= ENOUGH else None
-
-
-def _noisy(noise):
-    return f"about {noise.rate:.0%} of the labels seem to be wrong"
-
-
 def _for_pairs(check):
-    noise, longer = _firm_noise(check), check.longer_wins
+    noise, longer = check.noise, check.longer_wins
     orpo = "ORPO learns to answer and to prefer in one run (or run sft first)"
     if not check.has_template:
         yield _fit(check, "orpo", f"no chat template, so probably no instruction model yet: {orpo}")
+    labels = f"about {noise.rate:.1%} wrong labels" if noise else "no sign of many wrong labels"
     if noise and noise.rate >= NOISY:
         share = f"{min(noise.rate, 0.45):.2f}"
-        yield _fit(check, "cdpo", f"{_noisy(noise)}: reckons with it", "--label-smoothing", share)
-        yield _fit(check, "ipo", f"{_noisy(noise)}: its margins stay finite, and it needs no share")
+        yield _fit(check, "cdpo", f"{labels}, which it reckons with", "--label-smoothing", share)
+        yield _fit(check, "ipo", f"{labels}: its margins stay finite, and it needs no share")
     else:
-        known = f"about {noise.rate:.1%} wrong labels" if noise else "no sign of many wrong labels"
-        yield _fit(check, "dpo", f"preference pairs with {known}: the plain method does")
+        yield _fit(check, "dpo", f"preference pairs with {labels}: the plain method does")
     if longer and longer.share > BIASED:
         yield _fit(check, "dpo-norm", "the longer one often wins: it takes log-ratios per token")
     if check.has_template:

@@ -22,7 +22,8 @@ from mlx_align.errors import DataError
 Labels = Sequence[Hashable | None]
 # Two-sided 95 % of the normal distribution.
 Z = 1.959963984540054
-SHOWN = 10
+# Pairs of labels needed to estimate noise, and annotators that a report names.
+ENOUGH, SHOWN = 20, 10
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,7 @@ def noise_rate(disagreement: float) -> float:
 
 
 def estimate_noise(rows: Iterable[Labels]) -> Noise | None:
-    """The share of wrong labels that the labels of the same rows imply; None where no row has two.
+    """The share of wrong labels that the labels of the same rows imply; None where few rows have two.
 
     The interval takes the pairs of labels for independent, which they nearly are.
     """
@@ -232,7 +233,7 @@ def estimate_noise(rows: Iterable[Labels]) -> Noise | None:
         pairs = math.comb(given.total(), 2)
         judged += pairs
         differing += pairs - sum(math.comb(count, 2) for count in given.values())
-    if judged == 0:
+    if judged < ENOUGH:
         return None
     share = wilson_share(differing, judged)
     return Noise(*map(noise_rate, (share.share, share.low, share.high)), differing, judged)

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,9 +15,11 @@ from mlx_align.data.records import (
     LabelRecord,
     PairRecord,
     Problem,
+    PromptRecord,
     Record,
     TextRecord,
     Unfit,
+    parse_prompt,
     parse_record,
 )
 from mlx_align.data.spellings import parse_fields, rename
@@ -32,10 +34,12 @@ KINDS = {
     CompletionRecord: "prompts with one completion",
     ChatRecord: "conversations (messages)",
     TextRecord: "plain text",
+    PromptRecord: "prompts to be answered",
 }
 ACCEPTS = {
     "pairs": (PairRecord,),
     "labels": (LabelRecord,),
+    "prompts": (PromptRecord,),
     "completions": (ChatRecord, CompletionRecord, TextRecord),
 }
 SHOWN_LINES = 12
@@ -152,7 +156,10 @@ class Dataset:
 
 
 def read_records(
-    files: Iterable, report: DataReport, fields: Sequence[tuple[str, str]] = ()
+    files: Iterable,
+    report: DataReport,
+    fields: Sequence[tuple[str, str]] = (),
+    parse: Callable[[object, str], Record] = parse_record,
 ) -> list[Record]:
     """All usable records of some files; what is left out goes into the report.
 
@@ -165,7 +172,7 @@ def read_records(
             for origin, row in read_rows(file):
                 report.rows += 1
                 try:
-                    records.append(parse_record(rename(row, fields, origin), origin))
+                    records.append(parse(rename(row, fields, origin), origin))
                 except Unfit as unfit:
                     report.problems.append(Problem(unfit.kind, origin))
                 except DataError as error:
@@ -203,7 +210,7 @@ def load_dataset(
 ) -> Dataset:
     """Read, check, encode and split the data that the settings name.
 
-    `kind` is what the method learns from ("pairs", "labels" or "completions"). Raises `DataError` when
+    `kind` is what the method learns from (a key of `ACCEPTS`). Raises `DataError` when
     a file is malformed, of another kind, or leaves nothing to learn from.
     """
     source = str(demo.data_folder(kind)) if settings.data == DEMO else settings.data
@@ -213,7 +220,8 @@ def load_dataset(
     report = DataReport(settings.data)
 
     def usable(files):
-        records = read_records(files, report, fields)
+        parse = parse_prompt if kind == "prompts" else parse_record
+        records = read_records(files, report, fields, parse)
         if kind == "labels" and unpair:
             records = [r for record in records for r in _unpaired(record)]
         _check_kind(records, kind, method, report)

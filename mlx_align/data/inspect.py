@@ -21,7 +21,6 @@ from typing import Annotated
 
 import numpy as np
 
-from mlx_align.data import dataset
 from mlx_align.data.agreement import (
     Agreement,
     Noise,
@@ -33,6 +32,7 @@ from mlx_align.data.agreement import (
     measure_agreement,
     wilson_share,
 )
+from mlx_align.data.dataset import KINDS as RECORD_KINDS
 from mlx_align.data.dataset import DataSettings
 from mlx_align.data.jsonl import read_rows
 from mlx_align.data.records import (
@@ -51,7 +51,7 @@ from mlx_align.errors import DataError
 # More tokens than any row has: lengths are measured whole and cut afterwards.
 UNLIMITED = 2**31 - 1
 LIMITS = (256, 512, 1024, 2048, 4096, 8192)
-SHOWN_ORIGINS, SHOWN_FAULTS, SHOWN_CHARACTERS = 5, 12, 700
+SHOWN_ORIGINS, SHOWN_CHARACTERS = 5, 700
 
 
 # -- what is read ----------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ def name_of(kind: type) -> str:
     return kind.__name__.removesuffix("Record").lower() + "s"
 
 
-KINDS = {name_of(kind): words for kind, words in dataset.KINDS.items()} | {
+KINDS = {name_of(kind): words for kind, words in RECORD_KINDS.items()} | {
     "comparisons": "comparisons of two completions",
     "prompts": 'prompts (without a column "completion")',
 }
@@ -200,9 +200,7 @@ def parse_item(row, origin: str) -> Item:
 
 
 # Columns of which a row has two: the completions that were compared.
-_COMPARED = re.compile(
-    r"(response|completion|answer|output|candidate|reply|generation)[_ -]?[012ab]", re.IGNORECASE
-)
+_COMPARED = re.compile(r"(response|completion|answer|output|candidate)[_ -]?[012ab]", re.I)
 _PROMPTS = ("prompt", "question", "problem", "query", "instruction")
 _ANSWERS = ("answer", "ground_truth", "final_answer", "solution", "target", "expected_answer")
 _LEARNT = {"chosen", "rejected", "completion", "messages", "text", "label"}
@@ -370,7 +368,7 @@ def prompt_key(item: Item) -> str | None:
         first = next((i for i, m in enumerate(item.messages) if m["role"] == "assistant"), 0)
         prompt = item.messages[:first]
     # White space inside JSON strings is written with a backslash.
-    return re.sub(r"(\\[nrt]|\s)+", " ", _key(prompt)).casefold() if prompt else None
+    return re.sub(r"\\[nrt]|\s", "", _key(prompt)).casefold() if prompt else None
 
 
 def judgement(item: Item) -> tuple[tuple, bool | None]:
@@ -421,10 +419,7 @@ def share_of(hits: float, total: int) -> Share | None:
 def decide_comparisons(
     items: Iterable[Item], sides: Mapping[str, Sequence[int | None]]
 ) -> tuple[list[PairRecord], int]:
-    """The pairs that majorities of sides, by origin, make of comparisons, and the number of ties.
-
-    A row without a majority becomes neither.
-    """
+    """The pairs that majorities of sides, by origin, make of comparisons, and the number of ties."""
     pairs, ties = [], 0
     for item in items:
         if isinstance(item, Comparison):
@@ -457,7 +452,8 @@ class DataCheck:
     `rows` and `kinds` are by split; faults are those of all splits, everything else speaks of the one
     that is trained on. `usable` counts the rows that can be trained on as they stand, `understood` adds
     comparisons and prompts. Comparisons that are decided become pairs; lengths and their bias then
-    speak of these. An annotated field is reported in the words beside its type.
+    speak of these. In `unended` examples no end of turn is scored. An annotated field is reported in
+    the words beside its type.
     """
 
     settings: DataSettings
@@ -471,11 +467,11 @@ class DataCheck:
     samples: tuple[str, ...]
     lengths: Lengths | None
     agreement: Agreement | None
+    unended: int
     prompts: Annotated[int, "different prompts"]
     repeated: Annotated[Rows, "rows that repeat another"]
     contradicting: Annotated[Rows, "rows that contradict another"]
     leakage: Annotated[dict[str, Rows], "prompts that are trained on, in"]
-    unended: Annotated[int, "examples whose last scored token does not end the turn"]
     checkable: Annotated[int, "answers that a program can check"]
     chosen_is_longer: Annotated[Share | None, "chosen completion is longer"]
     longer_wins: Annotated[Share | None, "always picking the longer completion is right"]
@@ -588,19 +584,17 @@ def _describe_rows(check):
 def _describe_faults(check):
     if check.faults:
         yield "rows that will not work:"
-    for fault in check.faults[:SHOWN_FAULTS]:
+    for fault in check.faults:
         yield f"  {'stops training' if fault.stops else 'dropped'}: {fault.message}"
         yield f"    {fault.rows}"
-    if len(check.faults) > SHOWN_FAULTS:
-        yield f"  and {len(check.faults) - SHOWN_FAULTS} more kinds of faults"
 
 
 def _describe_lengths(check):
     lengths = check.lengths
     if lengths is None:
         return
-    middle = f"median {lengths.median:,.0f}, longest {lengths.maximum:,}"
-    yield f"tokens of prompt and longest completion: {middle}"
+    extremes = f"median {lengths.median:,.0f}, longest {lengths.maximum:,}"
+    yield f"tokens of prompt and longest completion: {extremes}"
     most = max(count for *_, count in lengths.histogram)
     for low, high, count in lengths.histogram:
         bar = "█" * -(-24 * count // most)

@@ -154,7 +154,8 @@ class _Table:
         weight = np.zeros(len(columns[0]), np.float32)
         scored = sum(len(owner) for _, _, owner in self._completions)
         weight[:scored] = 1
-        extra = (0, _round_up(len(weight), multiple) - len(weight))
+        # A table has a row even where nothing counts.
+        extra = (0, _round_up(max(len(weight), 1), multiple) - len(weight))
         return [np.pad(c, extra) for c in (*columns, weight)] + [np.pad(1 - weight, extra)]
 
 

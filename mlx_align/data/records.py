@@ -115,7 +115,19 @@ class TextRecord(_Whole):
     weight: float = 1.0
 
 
-Record = PairRecord | LabelRecord | CompletionRecord | ChatRecord | TextRecord
+@dataclass(frozen=True)
+class PromptRecord:
+    """A prompt to be answered, and the row that it came from, for those who judge the answer."""
+
+    prompt: Text
+    row: dict
+    origin: str
+    tools: tuple | None = None
+    template_args: tuple[tuple[str, object], ...] = ()
+    weight: float = 1.0
+
+
+Record = PairRecord | LabelRecord | CompletionRecord | ChatRecord | TextRecord | PromptRecord
 
 
 @dataclass(frozen=True)
@@ -170,6 +182,32 @@ def parse_record(row, origin: str) -> Record:
         "chosen/rejected, prompt/completion/label, prompt/completion, messages, or text; other names "
         "are told with --field, for example --field completion=answer."
     )
+
+
+def parse_prompt(row, origin: str) -> PromptRecord:
+    """The prompt of a row of any kind: its "prompt", or what comes before the last answer.
+
+    Raises as `parse_record` does.
+    """
+    if not isinstance(row, Mapping):
+        raise DataError(f"{origin}: a row must be a JSON object, not {type(row).__name__}")
+    plain = canonical_row({k: v for k, v in row.items() if v is not None}, origin)
+    if "prompt" in plain:
+        prompt = _with_system(_prompt(plain, origin), plain)
+    elif "messages" in plain:
+        messages = _with_system(_messages(plain["messages"], "messages", origin), plain)
+        prompt = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    elif "chosen" in plain and "rejected" in plain:
+        prompt = _pair(plain, origin).prompt
+    else:
+        keys = ", ".join(sorted(map(str, plain))) or "nothing"
+        raise DataError(
+            f'{origin}: has no "prompt" and no "messages" (its keys: {keys}); another name is told with '
+            "--field, for example --field prompt=question"
+        )
+    if not prompt or (isinstance(prompt, str) and not prompt.strip()):
+        raise Unfit("empty prompt")
+    return PromptRecord(prompt, dict(row), origin, *_extras(plain, origin))
 
 
 def _pair(row, origin) -> PairRecord:

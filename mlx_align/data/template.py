@@ -8,6 +8,7 @@ A conversation is rendered once and cut where generation would begin, so that tr
 ids that generation will see. Knows nothing of models, losses or batches.
 """
 
+import dataclasses
 import datetime
 import hashlib
 import json
@@ -24,6 +25,7 @@ from mlx_align.data.records import (
     LabelRecord,
     Message,
     PairRecord,
+    PromptRecord,
     Record,
     Text,
     TextRecord,
@@ -48,7 +50,8 @@ class Example:
     `prompt` is int32[P] with P >= 1, `completions` are int32[C_k], `scored` are bool[C_k]: the
     tokens that count. `uid` is a hash of all of these: equal content, equal uid. `values` says how
     good each completion is, where the data knows (a label 1 or 0, a reward; of a pair only the
-    difference counts, its margin), `weight` how much the example counts.
+    difference counts, its margin), `weight` how much the example counts. A prompt that is yet to be
+    answered has no completions, and its data row in `row`.
     """
 
     uid: str
@@ -58,6 +61,7 @@ class Example:
     origin: str
     values: tuple[float, ...] = ()
     weight: float = 1.0
+    row: dict | None = None
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -276,17 +280,28 @@ class Encoder:
                 return [self._pair(record, (record.completion,), (float(record.label),))]
             case CompletionRecord():
                 return [self._pair(record, (record.completion,))]
+            case PromptRecord():
+                return [self._prompt(record)]
             case ChatRecord():
                 return self._chat(record)
             case TextRecord():
                 return [self._text(record)]
 
-    def prompt_ids(self, prompt: Text, tools=None) -> list[int]:
+    def prompt_ids(self, prompt: Text, tools=None, arguments=()) -> list[int]:
         """The ids that generation starts from, for a prompt as text or messages."""
         turns = self._as_turns(prompt)
         if turns is None:
             return self.prefix + self._ids(prompt)
-        return self._ids(self._render_prompt(turns, tools, ()))
+        return self._ids(self._render_prompt(turns, tools, arguments))
+
+    def _prompt(self, record):
+        ids = self.prompt_ids(record.prompt, record.tools, record.template_args)
+        if not ids:
+            raise Unfit("empty prompt")
+        if len(ids) > self.max_length:
+            raise Unfit(f"prompt longer than the limit of {self.max_length} tokens")
+        example = make_example(ids, (), (), record.origin, (), record.weight)
+        return dataclasses.replace(example, row=record.row)
 
     def _text(self, record):
         ids = self.prefix + self._ids(record.text)

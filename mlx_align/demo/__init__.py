@@ -15,10 +15,15 @@ _SETTINGS = {
     "reward": {"learning_rate": 1e-3},
     "ipo": {"learning_rate": 5e-4, "beta": 0.5},
 }
+# What is learnt from the model's own samples: what a right answer contains is in the data.
+_ONLINE = {"learning_rate": 1e-3, "reward": ("contains",), "max_tokens": 40, "steps": 30}
 
 
-def settings(method: str) -> dict:
-    """Settings that suit the demo model, where a run does not say otherwise."""
+def settings(method: str, kind: str) -> dict:
+    """Settings that suit the demo model for a method that learns from `kind`, where a run does not say
+    otherwise."""
+    if kind == "prompts":
+        return _ONLINE
     return _SETTINGS.get(method, {"learning_rate": 5e-4})
 
 
@@ -28,8 +33,8 @@ def model_folder() -> Path:
 
 
 def data_folder(kind: str) -> Path:
-    """Training and held-out data of a kind: "pairs" (also for "labels") or "completions"."""
-    return _HERE / "data" / ("completions" if kind == "completions" else "pairs")
+    """Training and held-out data of a kind: "pairs" (also for "labels"), "completions", "prompts"."""
+    return _HERE / "data" / ("pairs" if kind == "labels" else kind)
 
 
 def evaluation_folder() -> Path:

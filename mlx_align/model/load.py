@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,15 +24,8 @@ log = logging.getLogger("mlx_align")
 STORED = "stored"
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 # What a model folder consists of; weights in other formats on the Hub are not fetched.
-FILES = [
-    "*.json",
-    "model*.safetensors",
-    "*.py",
-    "tokenizer.model",
-    "*.tiktoken",
-    "*.txt",
-    "*.jinja",
-]
+TEXTS = ("*.json", "*.py", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja")
+WEIGHTS = ("model*.safetensors",)
 
 
 @dataclass(frozen=True)
@@ -90,8 +84,19 @@ class LoadedModel:
         return any(isinstance(m, kinds) or hasattr(m, "bits") for m in self.model.modules())
 
 
-def resolve_model(name: str) -> Path:
-    """The local folder of a model, fetched from the Hub where it is not here yet."""
+@dataclass(frozen=True, eq=False)
+class LoadedTokenizer:
+    """What a model folder says besides its weights; see `LoadedModel`."""
+
+    tokenizer: object
+    template: ChatTemplate | None
+    config: dict
+    path: Path
+
+
+def resolve_model(name: str | Path, patterns: Sequence[str] = (*TEXTS, *WEIGHTS)) -> Path:
+    """The local folder of a model; of one on the Hub that is not here yet, the files of these
+    patterns are fetched."""
     if name == DEMO:
         return demo.model_folder()
     path = Path(name).expanduser()
@@ -99,7 +104,7 @@ def resolve_model(name: str) -> Path:
         if not (path / "config.json").is_file():
             raise ModelError(f"{name}: not a model folder (it has no config.json)")
         return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         raise ModelError(f"{name}: no such model folder (and not a Hub id like owner/name)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -109,7 +114,7 @@ def resolve_model(name: str) -> Path:
     )
 
     try:
-        return Path(snapshot_download(name, allow_patterns=FILES))
+        return Path(snapshot_download(str(name), allow_patterns=list(patterns)))
     except RepositoryNotFoundError:
         raise ModelError(
             f"{name}: no such folder here, and no such model on the Hub (a private or gated model "
@@ -134,9 +139,9 @@ def load_model(
     from mlx_lm.utils import load_model as load_weights
 
     path = resolve_model(name)
-    config = _read_config(path)
+    text = load_tokenizer(path, chat_template, date)
     try:
-        model, config = load_weights(path, lazy=True, model_config=config)
+        model, config = load_weights(path, lazy=True, model_config=text.config)
     except FileNotFoundError:
         raise ModelError(f"{path}: has no weights (model*.safetensors)") from None
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
@@ -146,18 +151,41 @@ def load_model(
     if dtype != STORED:
         model.set_dtype(compute)
     mx.eval(model.parameters())
-    tokenizer = _load_tokenizer(path, config)
-    template = find_template(tokenizer, chat_template, date)
-    if template is not None:
-        turn, _ = end_of_turn(tokenizer, template)
-        tokenizer.eos_token_ids = {*tokenizer.eos_token_ids, turn} - {None}
-    loaded = LoadedModel(model, tokenizer, config, path, name, compute, template)
+    loaded = LoadedModel(model, text.tokenizer, config, path, name, compute, text.template)
     loaded.head = find_head(model)
     if loaded.head is None:
         log.warning(
             "%s: unknown kind of vocabulary head; full logits are used, which costs memory", name
         )
     return loaded
+
+
+def load_tokenizer(
+    name: str | Path, chat_template: str | None = None, date: str | None = None
+) -> LoadedTokenizer:
+    """The tokenizer of a model, its template and config; the weights are neither read nor fetched.
+
+    Generation ends at `tokenizer.eos_token_ids`, see `LoadedModel`; the arguments are those of
+    `load_model`.
+    """
+    from mlx_lm.utils import load_tokenizer as load
+
+    path = resolve_model(name, TEXTS)
+    config = _read_config(path)
+    ends = config.get("eos_token_id")
+    if ends is None:
+        ends = (config.get("text_config") or {}).get("eos_token_id")
+    try:
+        tokenizer = load(path, eos_token_ids=ends)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise ModelError(
+            f"{path}: its tokenizer cannot be loaded: {_first_lines(error)}"
+        ) from error
+    template = find_template(tokenizer, chat_template, date)
+    if template is not None:
+        turn, _ = end_of_turn(tokenizer, template)
+        tokenizer.eos_token_ids = {*tokenizer.eos_token_ids, turn} - {None}
+    return LoadedTokenizer(tokenizer, template, config, path)
 
 
 def _read_config(path: Path) -> dict:
@@ -186,20 +214,6 @@ def _compute_dtype(model, choice) -> mx.Dtype:
         if mx.issubdtype(array.dtype, mx.floating):
             sizes[array.dtype] = sizes.get(array.dtype, 0) + array.size
     return max(sizes, key=sizes.get)
-
-
-def _load_tokenizer(path, config):
-    from mlx_lm.utils import load_tokenizer
-
-    ends = config.get("eos_token_id")
-    if ends is None:
-        ends = (config.get("text_config") or {}).get("eos_token_id")
-    try:
-        return load_tokenizer(path, eos_token_ids=ends)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise ModelError(
-            f"{path}: its tokenizer cannot be loaded: {_first_lines(error)}"
-        ) from error
 
 
 def _first_lines(error) -> str:

@@ -671,6 +671,8 @@ RULES: tuple[Callable[[Seen], str | None], ...] = (
     beta_too_high,
     beta_too_low,
 )
+# The loss of a method that learns from its own samples says nothing: it starts at 0 and stays there.
+SAMPLING_RULES = (gradient_zero, gradient_spikes, length_drift)
 
 
 class Diagnosis:
@@ -690,7 +692,7 @@ class Diagnosis:
         if not seen.recent:
             return []
         findings = []
-        for rule in RULES:
+        for rule in SAMPLING_RULES if "reward" in row else RULES:
             name = rule.__name__.replace("_", "-")
             if name not in seen.found and (text := rule(seen)):
                 seen.found.add(name)

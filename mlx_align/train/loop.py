@@ -322,10 +322,11 @@ def _loop(run: _Run, record: dict, should_stop) -> Result:
             "step": progress.step,
             "split": "train",
             "epoch": ground.stream.epoch(progress.step),
-            **totals.means(),
+            # Samples may leave nothing to learn from: all cut short, and those left out.
+            **(totals.means() if norms else {"loss": 0.0}),
             **work.metrics,
             "learning_rate": learning_rate,
-            "grad_norm": sum(norms) / len(norms),
+            "grad_norm": sum(norms) / max(len(norms), 1),
             "tokens_per_second": work.tokens / seconds,
             "num_tokens": progress.tokens,
             "peak_memory_gb": mx.get_peak_memory() / 1e9,

@@ -35,8 +35,7 @@ def test_the_demo_is_checked_by_default(capsys):
         "340 of 340 rows can be trained on",
         "<|im_end|>⟧",
         "(--max-length)",
-        "prompts of train in valid",
-        "labels by AI: not said",
+        "prompts that are trained on, in valid: 2 rows",
         "advice: dpo",
         "  mlx-align dpo\n",
     ):
@@ -52,7 +51,7 @@ def test_flags(file, tmp_path, capsys):
     other.write_text("".join(json.dumps(row) + "\n" for row in rows))
     report = tmp_path / "report.json"
     status = run(
-        other, "--field", "prompt=q", "--field", "chosen=good", "--field", "rejected=bad",
+        other, "--field", "prompt=q,chosen=good,rejected=bad", "--valid-data", file,
         "--annotators", "x,y", "--max-length", "512", "--examples", "2", "--output", report,
         "--chat-template", "chatml",
     )  # fmt: skip
@@ -62,7 +61,7 @@ def test_flags(file, tmp_path, capsys):
     assert "--field prompt=q,chosen=good,rejected=bad" in output and "--max-length 512" in output
     saved = json.loads(report.read_text())
     assert saved["kind"] == "pairs" and saved["usable"] == 4 and len(saved["samples"]) == 2
-    assert saved["asked"]["max_length"] == 512
+    assert saved["settings"]["max_length"] == 512
 
 
 def test_status_1_where_no_row_is_understood(file, tmp_path, capsys):
@@ -105,14 +104,14 @@ def test_the_weights_are_not_needed(file, model_folder, tmp_path, capsys):
 
 
 def test_on_a_terminal_the_scored_part_is_coloured(file):
-    from mlx_align.cli.data import colour_scored
+    from mlx_align.cli.data import colour
 
-    check = mlx_align.check_data(file)
-    lines = "\n".join(check.lines(colour_scored))
-    assert click.style("Yes.<|im_end|>", fg="green", bold=True) in lines and "⟦" not in lines
+    text = colour("\n".join(mlx_align.check_data(file).lines()))
+    assert click.style("⟦Yes.<|im_end|>⟧", fg="green", bold=True) in text
+    assert click.style("advice:", fg="green", bold=True) + " dpo" in text
 
 
 def test_from_python(file):
-    check = mlx_align.check_data(str(file), fields=["weight=missing"])
-    assert check.understood == 0 and check.troubles[0].count == 4
+    check = mlx_align.check_data(str(file), field=["weight=missing"])
+    assert check.understood == 0 and check.faults[0].rows.count == 4
     assert mlx_align.check_data(file, max_length=2).usable == 0

@@ -11,10 +11,9 @@ from mlx_align.data.agreement import (
     choose_side,
     cohen_kappa,
     collect_votes,
-    count_disagreements,
+    estimate_noise,
     fleiss_kappa,
     majority,
-    majority_noise,
     measure_agreement,
     noise_rate,
     percent_agreement,
@@ -91,7 +90,7 @@ def test_kappas_against_formulas_written_again(seed):
     size = max((2, 3), key=lambda n: sum(sum(x is not None for x in row) == n for row in holes))
     full = [[x for x in row if x is not None] for row in holes]
     full = [row for row in full if len(row) == size]
-    assert (found.fleiss_rows, found.fleiss_labels) == (len(full), size)
+    assert found.fleiss_rows == len(full)
     assert found.fleiss == pytest.approx(brute_fleiss(full))
 
 
@@ -106,14 +105,14 @@ def test_each_annotator_against_the_others():
     found = measure_agreement({"ann": "121", "bob": "111", "cat": "112"})
     ann, bob, cat = found.annotators
     # Of ann's three rows the others agree in two (11, 11, 12); she is with them in the first.
-    assert (ann.compared, ann.agreement) == (2, 0.5)
-    assert (bob.compared, bob.agreement, cat.compared, cat.agreement) == (1, 1, 2, 0.5)
+    assert (ann.rows, ann.agreement) == (2, 0.5)
+    assert (bob.rows, bob.agreement, cat.rows, cat.agreement) == (1, 1, 2, 0.5)
     assert [(p.first, p.second, p.agreement) for p in found.pairs] == [
         ("ann", "bob", pytest.approx(2 / 3)),
         ("ann", "cat", pytest.approx(1 / 3)),
         ("bob", "cat", pytest.approx(2 / 3)),
     ]
-    assert (found.rows, found.unanimous, found.majority) == (3, 1, 3)
+    assert (found.rows, found.unanimous) == (3, 1)
     assert ann.labels == {"1": 2, "2": 1}
 
 
@@ -144,17 +143,16 @@ def test_noise_is_found_again():
     assert noise_rate(0) == 0 and noise_rate(0.5) == noise_rate(0.9) == 0.5
     draw = random.Random(0)
     rows = [[draw.random() < 0.15 for _ in range(3)] for _ in range(20000)]
-    differing, total = count_disagreements(rows)
-    assert total == 60000
-    assert noise_rate(differing / total) == pytest.approx(0.15, abs=0.005)
-    wrong = np.mean([sum(row) > 1 for row in rows])
-    assert majority_noise(0.15, 3) == pytest.approx(wrong, abs=0.005)
-    assert majority_noise(0.1, 3) == pytest.approx(0.028)
-    assert majority_noise(0.1, 2) == pytest.approx(0.1)
+    found = estimate_noise(rows)
+    assert found.judged == 60000
+    assert found.rate == pytest.approx(0.15, abs=0.005)
+    assert found.low < found.rate < found.high
 
 
 def test_disagreements_are_counted_by_pairs_of_labels():
-    assert count_disagreements(["aab", "aa", "a", ["a", None, "b"]]) == (3, 5)
+    found = estimate_noise(5 * ["aab", "aa", "a", ["a", None, "b"]])
+    assert (found.differing, found.judged) == (15, 25)
+    assert estimate_noise(["ab"] * 19) is None
 
 
 ROWS = {
@@ -204,7 +202,6 @@ def test_columns_can_be_named():
     [
         {"prompt": "p", "completion": "c"},
         {"label": "x" * 50},
-        {"prompt": "p", "completions": ["a", "b"], "labels": [True, False]},
         {"human1": "a long question, which is no label of anything", "human2": "another one"},
     ],
 )
@@ -227,6 +224,17 @@ def test_columns_with_many_values_are_no_labels():
 )  # fmt: skip
 def test_which_side_a_label_prefers(label, known, side):
     assert choose_side(label, known) == side
+
+
+def test_sides_and_noise_of_votes():
+    votes = collect_votes(
+        by_origin([{"annotator1": "A", "annotator2": v} for v in 10 * ["A", "tie", "B"]])
+    )
+    assert list(votes.sides().values())[:3] == [[1, 1], [1, 0], [1, 2]]
+    # A tie is no vote: of the 20 pairs that are left half differ.
+    assert (votes.noise().differing, votes.noise().judged) == (10, 20)
+    scale = collect_votes(by_origin([{"annotator1": i, "annotator2": 5 - i} for i in range(5)] * 9))
+    assert scale.sides() == {} and scale.noise() is None
 
 
 def test_the_three_annotators_of_pandalm(shared):

@@ -46,7 +46,9 @@ def test_the_first_step_starts_at_the_reference(loaded_model, family, kind):
     examples = pairs(6)
     _, reference = ready(loaded, examples, fine_tune=kind)
     for batch in make_batches(loaded, examples, 64):
-        totals, gradients = gradient_batch(loaded, DPO(), Part(batch, join_reference(batch, reference)))
+        totals, gradients = gradient_batch(
+            loaded, DPO(), Part(batch, join_reference(batch, reference))
+        )
         means = totals.means()
         assert means["loss"] == pytest.approx(np.log(2), abs=2e-5)
         assert abs(means["rewards/margins"]) < 1e-4
@@ -75,7 +77,9 @@ def test_1x8_2x4_and_8x1_are_the_same_step(loaded_model, method, family):
         batches = make_batches(loaded, examples, pack_length)
         totals, gradients = NOTHING, {}
         for batch in batches:
-            here, more = gradient_batch(loaded, method, Part(batch, join_reference(batch, reference)))
+            here, more = gradient_batch(
+                loaded, method, Part(batch, join_reference(batch, reference))
+            )
             totals = totals.add(here)
             for name, g in tree_flatten(more):
                 gradients[name] = gradients.get(name, 0) + np.array(g, np.float64)

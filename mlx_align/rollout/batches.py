@@ -1,0 +1,372 @@
+"""Steps from samples: prompts are answered, answers rewarded, rewards become advantages.
+
+    prompts -> sample_groups -> rewards -> advantages -> packs that share the prompt -> updates
+
+Old and reference log-probabilities come from the forward pass that trains, on the very packs that are
+trained on, so the first ratio is exactly 1. What a step samples is a function of the seed, the step and
+the policy: a resumed run samples again what the interrupted one had sampled.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from mlx_align.data.packing import Batch
+from mlx_align.data.template import Example, make_example
+from mlx_align.errors import SettingsError
+from mlx_align.model.forward import make_batches, token_scores
+from mlx_align.rollout.advantages import (
+    group_advantages,
+    leave_one_out,
+    returns_to_go,
+    whiten,
+    without_signal,
+)
+from mlx_align.rollout.groups import Sample, sample_groups
+from mlx_align.rollout.rewards import Request, Scored, check_columns, combine, parse_rewards
+from mlx_align.train.source import Ground, Update, Work, open_reference
+from mlx_align.train.step import Part, Whole, mean_length
+
+# Tries of dynamic sampling before a step goes on with what it has.
+TRIES = 3
+# Samples of a step that are written down.
+WRITTEN = 8
+# Steps have seeds of their own; the held-out prompts have one that no step has.
+HELD_OUT = 2**31 - 1
+
+
+class Rollout:
+    """The samples of some prompts with their rewards; P prompts, G samples each."""
+
+    def __init__(self, prompts: list[Example], groups: list[list[Sample]], scored: Scored, texts):
+        self.prompts, self.groups, self.texts = prompts, groups, texts
+        self.scored = scored
+        self.reward = scored.total.reshape(len(prompts), -1)
+
+    @property
+    def samples(self) -> list[Sample]:
+        """All samples in order."""
+        return [sample for group in self.groups for sample in group]
+
+    def joined(self, other: "Rollout") -> "Rollout":
+        """Both together."""
+        total = np.concatenate([self.scored.total, other.scored.total])
+        rewards = {
+            name: np.concatenate([values, other.scored.rewards[name]])
+            for name, values in self.scored.rewards.items()
+        }
+        return Rollout(
+            self.prompts + other.prompts,
+            self.groups + other.groups,
+            Scored(total, rewards),
+            self.texts + other.texts,
+        )
+
+    def kept(self, keep: np.ndarray) -> "Rollout":
+        """The groups that `keep`, bool[P], says."""
+        size = self.reward.shape[1]
+        wide = np.repeat(keep, size)
+        rewards = {name: values[wide] for name, values in self.scored.rewards.items()}
+        chosen = np.flatnonzero(keep)
+        return Rollout(
+            [self.prompts[i] for i in chosen],
+            [self.groups[i] for i in chosen],
+            Scored(self.scored.total[wide], rewards),
+            [self.texts[i] for i in chosen],
+        )
+
+
+class OnlineSource:
+    """Samples, rewards and advantages for the loop; see `train.source.Source`."""
+
+    def __init__(self, ground: Ground):
+        method = ground.settings.method
+        if not method.reward:
+            raise SettingsError(
+                "reward: say what completions are rewarded by, like --reward gsm8k, --reward "
+                "my_rewards.py:function, or --reward RUN of a reward model"
+            )
+        self._ground, self._method = ground, method
+        self._rewards = parse_rewards(method.reward)
+        examples = [*ground.dataset.train, *ground.dataset.valid]
+        check_columns(self._rewards, [e.row for e in examples])
+        self._reference = None
+        if method.uses_reference:
+            if method.reference != "start":
+                self._reference = open_reference(ground)[0]
+            elif ground.adapter.kind == "full":
+                raise SettingsError(
+                    "beta: with --fine-tune full the reference is gone after the first step; name a "
+                    "--reference model, or use --beta 0"
+                )
+            self._start = dict(ground.adapter.weights())
+        self.keeps: dict = {}
+
+    # -- what the loop asks
+
+    def work(self, step: int, state: dict) -> Work:
+        """Sample and reward the prompts of the step, and say what each update learns from."""
+        began = time.perf_counter()
+        rollout, filtered = self._gather(step)
+        sampled = time.perf_counter() - began
+        parts, entropy, kl = self._score(rollout)
+        tokens = sum(part.batch.real_tokens for group in parts for part in group)
+        spent = time.perf_counter() - began
+        new = sum(len(sample.ids) for sample in rollout.samples)
+        metrics = {
+            **self._rewarded(rollout),
+            **self._lengths(rollout),
+            "entropy": entropy,
+            "sampling/logp_gap": self._gap,
+            "rollout/tokens_per_second": new / sampled,
+            "rollout/seconds": spent,
+        }
+        if self._method.uses_reference:
+            metrics["objective/kl"] = kl
+        if filtered:
+            metrics["rollout/prompts_filtered"] = float(filtered)
+        return Work(self._updates(parts, step), state, tokens, metrics, self._written(rollout))
+
+    def measure(self, state: dict) -> dict[str, float]:
+        """The mean reward of one sample of each held-out prompt."""
+        if not self._ground.held_out:
+            return {}
+        rollout = self._sample(self._ground.held_out, 1, HELD_OUT)
+        return {**self._rewarded(rollout, groups=False), **self._lengths(rollout)}
+
+    def after(self, step: int) -> None:
+        """Nothing moves besides the policy."""
+
+    def facts(self) -> dict:
+        """Nothing that the adapter's config would need."""
+        return {}
+
+    # -- sampling and rewarding
+
+    def _gather(self, step: int) -> tuple[Rollout, int]:
+        """The step's rollout, and how many prompts were replaced because they teach nothing."""
+        prompts = self._ground.stream.batch(step)
+        seed = self._ground.settings.train.seed * 1_000_003 + step
+        rollout, filtered = self._sample(prompts, self._method.group_size, seed), 0
+        if not getattr(self._method, "dynamic_sampling", False):
+            return rollout, filtered
+        steps = self._ground.stream.steps_per_epoch
+        for attempt in range(1, TRIES + 1):
+            dull = without_signal(rollout.reward)
+            if not dull.any():
+                break
+            # The prompts of steps to come stand in; they are seen again in their own.
+            others = self._ground.stream.batch(step + attempt * max(steps // 4, 1))[: dull.sum()]
+            more = self._sample(others, self._method.group_size, seed + attempt * 7_919)
+            fresh = more.kept(~without_signal(more.reward))
+            if fresh.prompts:
+                keep = ~dull
+                keep[np.flatnonzero(dull)[len(fresh.prompts) :]] = True
+                rollout = rollout.kept(keep).joined(fresh)
+                filtered += len(fresh.prompts)
+        return rollout, filtered
+
+    def _sample(self, prompts: list[Example], count: int, seed: int) -> Rollout:
+        method, loaded = self._method, self._ground.loaded
+        groups = sample_groups(
+            loaded,
+            [e.prompt.tolist() for e in prompts],
+            count,
+            max_tokens=method.max_tokens,
+            temperature=method.temperature,
+            top_p=method.top_p,
+            seed=seed % 2**31,
+        )
+        decode = loaded.tokenizer.decode
+        texts = [
+            [decode(s.ids.tolist(), skip_special_tokens=True) for s in group] for group in groups
+        ]
+        requests = [
+            Request(_asked(e), text, e.row, s.finished, len(s.ids), e.origin)
+            for e, group, said in zip(prompts, groups, texts, strict=True)
+            for s, text in zip(group, said, strict=True)
+        ]
+        return Rollout(prompts, groups, combine(self._rewards, requests), texts)
+
+    # -- scoring and advantages
+
+    def _score(self, rollout: Rollout) -> tuple[list[list[Part]], float, float]:
+        """The packs of each mini-batch, the mean entropy of a token, and the KL of a completion."""
+        method, loaded = self._method, self._ground.loaded
+        loaded.model.eval()
+        examples = self._examples(rollout)
+        size = -(-len(examples) // method.minibatches)
+        groups = [examples[i : i + size] for i in range(0, len(examples), size)]
+        packs = [
+            make_batches(loaded, group, self._ground.settings.train.pack_length) for group in groups
+        ]
+        entropy = tokens = 0.0
+        old, ref = {}, {}
+        for pack in (p for group in packs for p in group):
+            found = token_scores(loaded, pack, moments=True, temperature=method.temperature)
+            old |= _by_example(pack, np.array(found.logp))
+            entropy += float((np.array(found.entropy) * pack.weight).sum())
+            tokens += float(pack.weight.sum())
+            if method.uses_reference:
+                ref |= _by_example(pack, self._reference_scores(pack))
+        gaps = [
+            np.abs(old[e.uid] - np.concatenate([s.logp for s in group])[np.concatenate(e.scored)])
+            for e, group in zip(examples, rollout.groups, strict=True)
+        ]
+        self._gap = float(np.concatenate(gaps).mean()) if tokens else 0.0
+        advantages, kl = self._advantages(rollout, examples, old, ref)
+        parts = [
+            [
+                Part(
+                    pack,
+                    _join(pack, ref) if method.uses_reference else None,
+                    _join(pack, old),
+                    _join(pack, advantages),
+                )
+                for pack in group
+            ]
+            for group in packs
+        ]
+        return parts, entropy / max(tokens, 1), kl
+
+    def _examples(self, rollout: Rollout) -> list[Example]:
+        """One example a prompt: its samples as completions. Equal ones are told apart by their place."""
+        examples = []
+        for i, (prompt, group) in enumerate(zip(rollout.prompts, rollout.groups, strict=True)):
+            masks = [
+                np.full(len(s.ids), s.finished or not self._method.mask_unfinished) for s in group
+            ]
+            made = make_example(prompt.prompt, [s.ids for s in group], masks, prompt.origin)
+            examples.append(replace(made, uid=f"{i}:{made.uid}"))
+        return examples
+
+    def _reference_scores(self, pack: Batch) -> np.ndarray:
+        loaded, temperature = self._ground.loaded, self._method.temperature
+        if self._reference is not None:
+            return np.array(token_scores(self._reference, pack, temperature=temperature).logp)
+        # The adapter as it was at the start: nothing for a fresh one, and the run it went on from.
+        context = (
+            self._ground.adapter.wearing(self._start)
+            if self._ground.settings.adapter.start
+            else self._ground.adapter.off()
+        )
+        with context:
+            return np.array(token_scores(loaded, pack, temperature=temperature).logp)
+
+    def _advantages(self, rollout, examples, old, ref) -> tuple[dict[str, np.ndarray], float]:
+        """The advantage of every token by example, and the mean KL of a completion to the reference."""
+        method, reward = self._method, rollout.reward
+        kl = {u: old[u] - ref[u] for u in old} if method.uses_reference else {}
+        sums = np.array([_sums(e, kl[e.uid]) if kl else [0.0] * reward.shape[1] for e in examples])
+        if method.kl_in == "reward" and method.advantage == "leave-one-out":
+            reward = reward - method.beta * sums
+        match method.advantage:
+            case "group":
+                values = group_advantages(reward, method.scale_rewards)
+            case "leave-one-out":
+                values = leave_one_out(reward)
+            case "return":
+                return self._returns(examples, np.nan_to_num(reward), kl), float(sums.mean())
+        spread = {
+            e.uid: np.repeat(values[i], [int(m.sum()) for m in e.scored])
+            for i, e in enumerate(examples)
+        }
+        return spread, float(sums.mean())
+
+    def _returns(self, examples, reward, kl) -> dict[str, np.ndarray]:
+        """Reward to go of every token, whitened over the step (REINFORCE++)."""
+        lengths = [[int(m.sum()) for m in e.scored] for e in examples]
+        flat = [n for row in lengths for n in row]
+        rows = np.zeros((len(flat), max(flat)))
+        mask = np.arange(rows.shape[1]) < np.array(flat)[:, None]
+        if kl:
+            rows[mask] = -self._method.beta * np.concatenate([kl[e.uid] for e in examples])
+        for row, n, value in zip(rows, flat, reward.reshape(-1), strict=True):
+            if n:
+                row[n - 1] += value
+        values = iter(whiten(returns_to_go(rows, mask), mask, bessel=False)[mask])
+        return {
+            e.uid: np.array([next(values) for _ in range(sum(row))])
+            for e, row in zip(examples, lengths, strict=True)
+        }
+
+    def _updates(self, groups: list[list[Part]], step: int):
+        """Every mini-batch once in each pass, in an order of its own."""
+        for iteration in range(self._method.iterations):
+            rng = np.random.default_rng([self._ground.settings.train.seed, step, iteration])
+            for i in rng.permutation(len(groups)) if iteration else range(len(groups)):
+                parts = groups[i]
+                if not any(part.batch.weight.any() for part in parts):
+                    continue
+                examples = [e for part in parts for e in part.batch.examples]
+                yield Update(parts, Whole(mean_length(examples), [None] * len(parts)))
+
+    # -- what is reported
+
+    def _rewarded(self, rollout: Rollout, groups: bool = True) -> dict[str, float]:
+        reward = rollout.reward
+        found = {"reward": float(np.nanmean(reward)), "reward_std": float(np.nanstd(reward))}
+        for name, values in rollout.scored.rewards.items():
+            if np.isfinite(values).any():
+                found[f"rewards/{name}/mean"] = float(np.nanmean(values))
+                found[f"rewards/{name}/std"] = float(np.nanstd(values))
+        if groups and reward.shape[1] > 1:
+            found["frac_reward_zero_std"] = float(without_signal(reward).mean())
+        return found
+
+    def _lengths(self, rollout: Rollout) -> dict[str, float]:
+        lengths = np.array([len(s.ids) for s in rollout.samples])
+        finished = np.array([s.finished for s in rollout.samples])
+        return {
+            "completions/mean_length": float(lengths.mean()),
+            "completions/min_length": float(lengths.min()),
+            "completions/max_length": float(lengths.max()),
+            "completions/clipped_ratio": float(1 - finished.mean()),
+        }
+
+    def _written(self, rollout: Rollout) -> list[dict]:
+        rows = []
+        for i in range(min(WRITTEN, len(rollout.prompts))):
+            prompt = rollout.prompts[i]
+            order = np.argsort(-np.nan_to_num(rollout.reward[i]), kind="stable")
+            for k in dict.fromkeys((order[0], order[-1])):
+                reward = rollout.reward[i, k]
+                rows.append(
+                    {
+                        "prompt": _asked(prompt),
+                        "completion": rollout.texts[i][k],
+                        "reward": None if np.isnan(reward) else float(reward),
+                        "finished": rollout.groups[i][k].finished,
+                        "origin": prompt.origin,
+                    }
+                )
+        return rows
+
+
+def _asked(prompt: Example):
+    """The prompt as the data has it, text or messages."""
+    return prompt.row.get("prompt") or prompt.row.get("messages") or ""
+
+
+def _by_example(pack: Batch, values: np.ndarray) -> dict[str, np.ndarray]:
+    """A table's values by the uid of their example."""
+    found, at = {}, 0
+    for example in pack.examples:
+        count = sum(int(mask.sum()) for mask in example.scored)
+        found[example.uid] = values[at : at + count]
+        at += count
+    return found
+
+
+def _join(pack: Batch, values: dict[str, np.ndarray]) -> np.ndarray:
+    """Values by example in the order of a pack's table, float32[M]."""
+    rows = np.concatenate([values[e.uid] for e in pack.examples]).astype(np.float32)
+    return np.pad(rows, (0, len(pack.target) - len(rows)))
+
+
+def _sums(example: Example, values: np.ndarray) -> Sequence[float]:
+    """The sum of a token's values over each completion."""
+    ends = np.cumsum([int(mask.sum()) for mask in example.scored])
+    return [float(part.sum()) for part in np.split(values, ends[:-1])]

@@ -1,0 +1,201 @@
+"""Learning from samples: the prompt is shared, ratios start at 1, runs go on bit for bit."""
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from train.test_loop import adapter, rows, same_bits
+
+from mlx_align import api
+from mlx_align.errors import SettingsError
+from mlx_align.losses import METHODS
+from mlx_align.model.adapter import AdapterSettings, wear_adapter
+from mlx_align.rollout.groups import sample_groups
+
+PROMPTS = [[5, 6, 7, 8], [9, 10], [11]]
+SAMPLING = {"max_tokens": 10, "temperature": 1.0}
+
+
+def test_samples_are_those_of_the_model_token_by_token(loaded_model):
+    """Their log-probabilities, from a separate pass over prompt and completion."""
+    loaded = loaded_model()
+    for temperature in (1.0, 0.7):
+        groups = sample_groups(loaded, PROMPTS, 3, max_tokens=10, temperature=temperature, seed=1)
+        assert [len(g) for g in groups] == [3, 3, 3]
+        for prompt, group in zip(PROMPTS, groups, strict=True):
+            for sample in group:
+                ids = [*prompt, *sample.ids.tolist()]
+                z = loaded.model(mx.array([ids]))[0].astype(mx.float32) / temperature
+                logs = z - mx.logsumexp(z, axis=-1, keepdims=True)
+                places = np.arange(len(prompt) - 1, len(ids) - 1)
+                expected = np.array(logs)[places, sample.ids]
+                assert np.allclose(sample.logp, expected, atol=1e-4)
+                ends = loaded.tokenizer.eos_token_ids
+                assert sample.finished == (int(sample.ids[-1]) in ends)
+                assert not set(sample.ids[:-1].tolist()) & ends
+
+
+def test_samples_differ_and_a_seed_repeats_them(loaded_model):
+    loaded = loaded_model()
+    first, again, other = (
+        [s.ids.tolist() for g in sample_groups(loaded, PROMPTS, 4, **SAMPLING, seed=s) for s in g]
+        for s in (1, 1, 2)
+    )
+    assert first == again and first != other
+    assert len({tuple(x) for x in first[:4]}) > 1
+
+
+def test_sampling_follows_the_adapter_at_once(loaded_model):
+    loaded = loaded_model()
+    worn = wear_adapter(loaded.model, AdapterSettings(), seed=0)
+    cold = {"max_tokens": 12, "temperature": 1e-4, "seed": 0}
+    before = sample_groups(loaded, PROMPTS, 1, **cold)
+    moved = {
+        n: x + 0.5 * mx.random.normal(x.shape, key=mx.random.key(3))
+        for n, x in worn.weights().items()
+    }
+    worn.load(moved, "")
+    after = sample_groups(loaded, PROMPTS, 1, **cold)
+    assert [g[0].ids.tolist() for g in before] != [g[0].ids.tolist() for g in after]
+    with worn.off():
+        off = sample_groups(loaded, PROMPTS, 1, **cold)
+    assert [g[0].ids.tolist() for g in before] == [g[0].ids.tolist() for g in off]
+
+
+# -- runs -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def job(model_folder, tmp_path):
+    data = tmp_path / "prompts.jsonl"
+    data.write_text(
+        "".join(json.dumps({"prompt": f"What is {i}?", "answer": str(i)}) + "\n" for i in range(12))
+    )
+    judge = tmp_path / "judge.py"
+    judge.write_text(
+        "def vowels(prompt, completion):\n    return sum(c in 'aeiou' for c in completion)\n"
+    )
+
+    def make(output, **changes):
+        return {
+            "model": str(model_folder("qwen2")),
+            "data": str(data),
+            "output": str(tmp_path / output),
+            "reward": (f"{judge}:vowels",),
+            "group_size": 4,
+            "max_tokens": 8,
+            "batch_size": 3,
+            "steps": 4,
+            "save_every": 2,
+            "eval_every": 2,
+            "learning_rate": 1e-2,
+            "valid_share": 0.2,
+            **changes,
+        }
+
+    return make
+
+
+ONLINE = [n for n, m in METHODS.items() if m.data == "prompts"]
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_the_first_ratio_is_one(name, job):
+    run = api.train_model(name, **job("run", steps=2, beta=0.05))
+    for row in (r for r in rows(run.folder) if r["split"] == "train"):
+        assert row["val/ratio"] == 1.0 and row["policy/approxkl_avg"] == 0.0
+        assert row["clip_ratio/region_mean"] == 0.0
+        assert row["sampling/logp_gap"] < 1e-4
+        assert row["grad_norm"] > 0
+    first = rows(run.folder)[1]
+    assert first["kl"] == pytest.approx(0, abs=1e-6) and first["objective/kl"] == 0
+    assert {"reward", "reward_std", "entropy", "completions/mean_length"} <= first.keys()
+    samples = [json.loads(x) for x in (run.folder / "samples.jsonl").read_text().splitlines()]
+    assert {s["step"] for s in samples} == {1, 2} and samples[0]["reward"] >= samples[1]["reward"]
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_resumed_runs_are_the_unbroken_ones(name, job, tmp_path):
+    settings = {"iterations": 2, "minibatches": 2, "beta": 0.05, "steps": 5}
+    api.train_model(name, **job("whole", **settings))
+    count = []
+    api.train_model(
+        name, **job("broken", **settings), should_stop=lambda: count.append(1) or len(count) == 3
+    )
+    api.train_model(name, resume=tmp_path / "broken")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert same_bits(adapter(whole), adapter(broken))
+    assert (whole / "samples.jsonl").read_text() == (broken / "samples.jsonl").read_text()
+    later = [r for r in rows(whole) if r["split"] == "train"][-1]
+    assert later["policy/approxkl_avg"] > 0
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_packs_change_nothing(name, job):
+    runs = [
+        api.train_model(name, **job(f"run-{n}", pack_length=n, steps=1)).folder for n in (16, 4096)
+    ]
+    a, b = (next(r for r in rows(f) if r["split"] == "train") for f in runs)
+    assert a["reward"] == b["reward"]
+    assert a["loss"] == pytest.approx(b["loss"], rel=1e-3, abs=1e-5)
+    assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+def test_unfinished_completions_can_be_left_out(job):
+    run = api.train_model("grpo", **job("run", steps=2, max_tokens=3, mask_unfinished=True))
+    row = rows(run.folder)[1]
+    assert row["completions/clipped_ratio"] > 0.5
+    nothing = api.train_model("grpo", **job("other", steps=1, max_tokens=1, mask_unfinished=True))
+    row = rows(nothing.folder)[1]
+    assert row["completions/clipped_ratio"] == 1 and row["grad_norm"] == 0
+
+
+def test_dynamic_sampling_replaces_prompts_that_teach_nothing(job, tmp_path):
+    judge = tmp_path / "rare.py"
+    judge.write_text(
+        "def rare(prompt, completion):\n    return ('a' in completion) if int(prompt[8:-1]) % 2 else 1.0\n"
+    )
+    plain, dynamic = (
+        rows(
+            api.train_model(
+                "grpo",
+                **job(
+                    f"run{d}", reward=(f"{judge}:rare",), dynamic_sampling=d, batch_size=6, steps=2
+                ),
+            ).folder
+        )[1]
+        for d in (False, True)
+    )
+    assert plain["frac_reward_zero_std"] > dynamic["frac_reward_zero_std"]
+    assert dynamic["rollout/prompts_filtered"] >= 1
+
+
+def test_going_on_from_a_run_holds_to_that_run(job, tmp_path):
+    api.train_model("grpo", **job("first"))
+    second = api.train_model(
+        "grpo", **job("second", model=str(tmp_path / "first"), beta=0.1, steps=1)
+    )
+    row = rows(second.folder)[1]
+    assert row["objective/kl"] == pytest.approx(0, abs=1e-4)
+    held_to_base = api.train_model(
+        "grpo",
+        **job(
+            "third", model=str(tmp_path / "first"), reference=job("x")["model"], beta=0.1, steps=1
+        ),
+    )
+    assert abs(rows(held_to_base.folder)[1]["objective/kl"]) > 1e-3
+
+
+def test_a_reward_is_needed_and_one_that_fits(job):
+    with pytest.raises(SettingsError, match="say what completions are rewarded by"):
+        api.train_model("grpo", **job("a", reward=()))
+    with pytest.raises(SettingsError, match="which no row has"):
+        api.train_model("grpo", **job("b", reward=("exact:solution",)))
+    with pytest.raises(SettingsError, match=r"the reference is gone"):
+        api.train_model("grpo", **job("c", fine_tune="full", beta=0.1))
+
+
+def test_the_reward_climbs_on_the_demo(tmp_path):
+    run = api.train_model("grpo", output=tmp_path / "run", steps=16)
+    assert run.before["reward"] < 0.7 and run.after["reward"] > 0.85
