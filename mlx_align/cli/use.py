@@ -16,7 +16,7 @@ from mlx_align.rollout.sampler import SamplingSettings
 
 def commands() -> list[click.Command]:
     """The commands of this file."""
-    return [_chat(), _generate(), _score()]
+    return [_chat(), _generate(), _score(), _verifiers()]
 
 
 def _option(*flags, **kwargs):
@@ -189,6 +189,19 @@ def _score() -> click.Command:
             ),
         ],
         help="Rewards of all completions in a file, by a reward model.",
+    )
+
+
+def _verifiers() -> click.Command:
+    def run():
+        from mlx_align.rollout.verifiers import verifier_help
+
+        click.echo(verifier_help())
+
+    return SettingsCommand(
+        "verifiers",
+        callback=run,
+        help="The built-in verifiers that --reward can name, with their options.",
     )
 
 

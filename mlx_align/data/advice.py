@@ -50,6 +50,9 @@ def _on_rows(check):
     stopping = sum(fault.rows.count for fault in check.faults if fault.stops)
     if stopping and check.understood:
         yield "warning", f"training stops at {count_rows(stopping)}, until that is mended"
+    if check.suggested_fields:
+        fields = ",".join(check.suggested_fields)
+        yield "note", f"the columns have other names than ours; try --field {shlex.quote(fields)}"
     kinds = sum(map(Counter, check.kinds.values()), Counter())
     if len(kinds) > 1:
         found = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
@@ -164,16 +167,15 @@ def _for_comparisons(check):
 
 
 def _for_prompts(check):
-    if check.checkable:
-        yield _fit(check, "grpo", "a program can check the answers, so attempts can be rewarded")
-        how = "name both columns, as in --field prompt=question,completion=answer, and run sft"
-        yield Remark("advice", f"to imitate the answers, {how}")
+    if check.answered:
+        reward = "gsm8k" if check.numeric > check.answered / 2 else "contains"
+        why = "what the model writes can be rewarded by comparing it with the answer"
+        yield _fit(check, "grpo", why, "--reward", reward)
+        yield Remark("advice", "sft imitates the answers: --field completion=answer names them")
     else:
-        how = "let a model answer them (mlx-align generate --prompts), then judge the answers"
+        how = "reward what a model writes (grpo --reward), or let it answer and judge the answers"
         yield Remark("advice", f"prompts alone teach nothing: {how}")
 
 
 def _for_completions(check):
     yield _fit(check, "sft", "examples to imitate, without a preference")
-    if check.checkable > check.usable / 2:
-        yield _fit(check, "grpo", "after that: a program can check the answers")

@@ -39,12 +39,14 @@ from mlx_align.data.records import (
     ChatRecord,
     LabelRecord,
     PairRecord,
+    PromptRecord,
     Record,
     Text,
     Unfit,
+    parse_prompt,
     parse_record,
 )
-from mlx_align.data.spellings import canonical_row, rename
+from mlx_align.data.spellings import rename
 from mlx_align.data.template import Encoder, Example
 from mlx_align.errors import DataError
 
@@ -67,15 +69,7 @@ class Comparison:
     origin: str
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt without a completion to learn."""
-
-    prompt: Text
-    origin: str
-
-
-Item = Record | Comparison | Prompt
+Item = Record | Comparison
 
 
 def name_of(kind: type) -> str:
@@ -84,8 +78,7 @@ def name_of(kind: type) -> str:
 
 
 KINDS = {name_of(kind): words for kind, words in RECORD_KINDS.items()} | {
-    "comparisons": "comparisons of two completions",
-    "prompts": 'prompts (without a column "completion")',
+    "comparisons": "comparisons of two completions"
 }
 
 
@@ -192,59 +185,53 @@ def parse_item(row, origin: str) -> Item:
     """The record that a row holds, or what else it is. Raises as `parse_record` does."""
     try:
         return parse_record(row, origin)
-    except DataError:
-        item = isinstance(row, Mapping) and (_comparison(row, origin) or _prompt_only(row, origin))
-        if not item:
+    except DataError as error:
+        try:
+            record = parse_prompt(row, origin)
+        except DataError:
+            raise error from None
+        item = _comparison(row, record) or (None if _MORE & row.keys() else record)
+        if item is None:
             raise
         return item
 
 
 # Columns of which a row has two: the completions that were compared.
 _COMPARED = re.compile(r"(response|completion|answer|output|candidate)[_ -]?[012ab]", re.I)
-_PROMPTS = ("prompt", "question", "problem", "query", "instruction")
-_ANSWERS = ("answer", "ground_truth", "final_answer", "solution", "target", "expected_answer")
-_LEARNT = {"chosen", "rejected", "completion", "messages", "text", "label"}
+# Columns that say that a row is more than a prompt.
+_MORE = {"chosen", "rejected", "completion", "label", "response", "output", "reply", "assistant"}
 
 
-def _comparison(row, origin) -> Comparison | None:
+def _comparison(row, record: PromptRecord) -> Comparison | None:
     columns = sorted(name for name in row if _COMPARED.fullmatch(name))
-    prompt = _find_prompt(row, origin)
-    if len(columns) != 2 or prompt is None:
+    if len(columns) != 2:
         return None
     for name in columns:
         if not isinstance(row[name], str):
-            raise DataError(f'{origin}: "{name}" is {row[name]!r}, not text')
+            raise DataError(f'{record.origin}: "{name}" is {row[name]!r}, not text')
         if not row[name].strip():
             raise Unfit(f"empty {name}")
-    return Comparison(prompt, *(row[name] for name in columns), origin)
+    return Comparison(record.prompt, *(row[name] for name in columns), record.origin)
 
 
-def _prompt_only(row, origin) -> Prompt | None:
-    """A prompt, where nothing suggests that the row has a completion under some other name."""
-    prompt = _find_prompt(row, origin)
-    others = any(isinstance(row[name], str | list) for name in row.keys() - {*_PROMPTS})
-    if prompt is None or _LEARNT & row.keys() or (others and not has_checkable_answer(row)):
-        return None
-    return Prompt(prompt, origin)
+# Common names of columns, for rows of no known kind.
+_OTHER_NAMES = {
+    "prompt": ("question", "problem", "query", "input"),
+    "chosen": ("preferred", "accepted", "better", "winner"),
+    "rejected": ("dispreferred", "worse", "loser"),
+    "completion": ("response", "output", "reply", "answer", "solution"),
+}
 
 
-def _find_prompt(row, origin) -> Text | None:
-    row = canonical_row({k: v for k, v in row.items() if v is not None}, origin)
-    value = next((row[name] for name in _PROMPTS if row.get(name)), None)
-    return value and parse_record({"prompt": value, "completion": "-"}, origin).prompt
-
-
-_NUMBER = r"[-+]?[$€£]?\d[\d,]*(?:\.\d+)?(?:/\d+)?\s?%?"
-_FINAL = re.compile(rf"(\A|####|\n\s*A:)\s*{_NUMBER}\.?\s*\Z|\\boxed\{{")
-
-
-def has_checkable_answer(row: Mapping) -> bool:
-    """Whether a program can tell a right answer: a number, "#### 42", or "\\boxed{42}"."""
-    values = [row.get(name) for name in (*_ANSWERS, "completion")]
-    return any(
-        bool(_FINAL.search(value)) if isinstance(value, str) else type(value) in (int, float)
-        for value in values
-    )
+def suggest_fields(row: Mapping) -> list[str]:
+    """The `--field` arguments with which a row of no known kind would be read, or nothing."""
+    names = [(o, n) for o, others in _OTHER_NAMES.items() for n in others if n in row]
+    new = [(ours, name) for ours, name in dict(reversed(names)).items() if ours not in row]
+    try:
+        parse_record(rename(row, new, ""), "")
+    except (DataError, Unfit):
+        return []
+    return [f"{ours}={name}" for ours, name in new[::-1]]
 
 
 # -- what is measured ------------------------------------------------------------------------------
@@ -287,8 +274,8 @@ def encode_all(items: Iterable[Item], encoder: Encoder, faults: list[Fault]) -> 
 
 def tokens_needed(example: Example) -> int:
     """The largest length limit under which nothing can be learnt from an example: a completion is cut
-    before its first scored token, or two completions before they differ."""
-    first = min(int(np.argmax(scored)) for scored in example.scored)
+    before its first scored token, two completions before they differ, or a prompt alone is cut."""
+    first = min((int(np.argmax(scored)) for scored in example.scored), default=-1)
     if len(example.completions) > 1:
         same = os.path.commonprefix([ids.tolist() for ids in example.completions])
         first = max(first, len(same))
@@ -299,7 +286,7 @@ def measure_lengths(examples: Sequence[Example], max_length: int) -> Lengths | N
     """Distribution of lengths and the effect of several limits, `max_length` among them."""
     if not examples:
         return None
-    totals = np.array([max(e.lengths) for e in examples])
+    totals = np.array([max(e.lengths, default=len(e.prompt)) for e in examples])
     needed = np.array([tokens_needed(e) for e in examples])
     # Each bin is twice as wide as the one before; the first ends at 32 = 2^5.
     bins = Counter(max(5, int(n).bit_length()) for n in totals)
@@ -331,7 +318,7 @@ def render_example(example: Example, tokenizer, max_length: int) -> str:
     """An example as the model will see it, cut at the length limit, special tokens in sight; what is
     scored stands between ⟦ and ⟧."""
     lines = [f"example, {example.origin}; what is scored is between ⟦ and ⟧:"]
-    names = ("chosen", "rejected") if len(example.completions) > 1 else ("completion",)
+    names = [(), ("completion",), ("chosen", "rejected")][len(example.completions)]
     parts = [("prompt", example.prompt, np.zeros(len(example.prompt), bool))]
     parts += zip(names, example.completions, example.scored, strict=True)
     room = max_length
@@ -380,6 +367,10 @@ def judgement(item: Item) -> tuple[tuple, bool | None]:
     if isinstance(item, LabelRecord):
         return (_key(item.prompt), _key(item.completion)), item.label
     return (_key(dataclasses.asdict(dataclasses.replace(item, origin=""))),), None
+
+
+# "42", "so it is\n#### 42" and "\\boxed{42}".
+_FINAL_NUMBER = re.compile(r"(\A|####)\s*[-+$]*\d[\d,./%]*\s*\Z|\\boxed\{[-+\d]")
 
 
 def find_repeats(items: Iterable[Item]) -> tuple[Rows, Rows, list[list[bool | None]]]:
@@ -451,7 +442,7 @@ class DataCheck:
 
     `rows` and `kinds` are by split; faults are those of all splits, everything else speaks of the one
     that is trained on. `usable` counts the rows that can be trained on as they stand, `understood` adds
-    comparisons and prompts. Comparisons that are decided become pairs; lengths and their bias then
+    comparisons. Comparisons that are decided become pairs; lengths and their bias then
     speak of these. In `unended` examples no end of turn is scored. An annotated field is reported in
     the words beside its type.
     """
@@ -468,11 +459,13 @@ class DataCheck:
     lengths: Lengths | None
     agreement: Agreement | None
     unended: int
+    suggested_fields: list[str]
     prompts: Annotated[int, "different prompts"]
     repeated: Annotated[Rows, "rows that repeat another"]
     contradicting: Annotated[Rows, "rows that contradict another"]
     leakage: Annotated[dict[str, Rows], "prompts that are trained on, in"]
-    checkable: Annotated[int, "answers that a program can check"]
+    answered: Annotated[int, "prompts with an answer to compare with"]
+    numeric: Annotated[int, "answers that end in a number"]
     chosen_is_longer: Annotated[Share | None, "chosen completion is longer"]
     longer_wins: Annotated[Share | None, "always picking the longer completion is right"]
     good_labels: Annotated[Share | None, "good labels"]
@@ -537,6 +530,10 @@ def inspect_data(
         faults.append(Fault(f"too long: nothing to learn within {limit} tokens", lost, stops=False))
     records = {item.origin for item in train.items if isinstance(item, Record)}
     labels = [item.label for item in train.items if isinstance(item, LabelRecord)]
+    prompts = [item.row for item in train.items if isinstance(item, PromptRecord)]
+    answers = [str(row["answer"]) for row in prompts if row.get("answer") is not None]
+    unread = train.rows.keys() - {item.origin for item in train.items}
+    suggestions = (suggest_fields(row) for origin, row in train.rows.items() if origin in unread)
     repeated, contradicting, judged = find_repeats(train.items)
     chosen_is_longer, longer_wins = measure_length_bias(made)
     return DataCheck(
@@ -554,12 +551,14 @@ def inspect_data(
         samples=tuple(render_example(e, encoder.tokenizer, limit) for e in kept[:examples]),
         lengths=measure_lengths(made, limit),
         agreement=measure_agreement(votes.table) if several else None,
+        suggested_fields=next(filter(None, suggestions), []),
         prompts=len(set(map(prompt_key, train.items)) - {None}),
         repeated=repeated,
         contradicting=contradicting,
         leakage={name: find_leakage(train.items, split.items) for name, split in held_out.items()},
         unended=count_unended(made, encoder.stops),
-        checkable=sum(map(has_checkable_answer, train.rows.values())),
+        answered=len(answers),
+        numeric=sum(bool(_FINAL_NUMBER.search(answer)) for answer in answers),
         chosen_is_longer=chosen_is_longer,
         longer_wins=longer_wins,
         good_labels=share_of(sum(labels), len(labels)),
@@ -593,8 +592,7 @@ def _describe_lengths(check):
     lengths = check.lengths
     if lengths is None:
         return
-    extremes = f"median {lengths.median:,.0f}, longest {lengths.maximum:,}"
-    yield f"tokens of prompt and longest completion: {extremes}"
+    yield f"tokens of prompt and completion: median {lengths.median:,.0f}, longest {lengths.maximum:,}"
     most = max(count for *_, count in lengths.histogram)
     for low, high, count in lengths.histogram:
         bar = "█" * -(-24 * count // most)

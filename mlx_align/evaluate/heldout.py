@@ -59,6 +59,8 @@ def held_out_sets(source: str | Path, contender: Contender) -> tuple[list[CaseSe
     """
     record = read_run(Path(source).expanduser())
     run = RunSettings.from_flat(record["method"], record["settings"], f"{source}/{RUN}")
+    if run.method.data == "prompts":
+        return [], _rewarded(record)
     tokenizer, context = contender.loaded.tokenizer, contender.loaded.context_length
     template = contender.loaded.template
     if template is not None and template.source is not None:
@@ -86,6 +88,17 @@ def held_out_sets(source: str | Path, contender: Contender) -> tuple[list[CaseSe
     ]
     sets = [s.limited(run.train.eval_examples) for s in sets if s.cases]
     return sets, "" if sets else "the run has no held-out rows that tell good from bad"
+
+
+def _rewarded(record) -> str:
+    """What is known of a run that learnt from rewards: they have no held-out answers."""
+    before, after = (record.get(when) or {} for when in ("before", "after"))
+    if "reward" not in before or "reward" not in after:
+        return "the run learns from rewards, and is not finished"
+    return (
+        "the run learnt from rewards; on held-out prompts its mean reward went from "
+        f"{before['reward']:.3f} to {after['reward']:.3f}"
+    )
 
 
 def _is_labelled(example) -> bool:

@@ -56,7 +56,8 @@ class Scores(NamedTuple):
     reward, float32[N], is a reward head's score, where there is one.
 
     Of sampled completions old_token, float32[M], is the log-probability under the policy that sampled
-    them, and advantage, float32[M], how much better than expected a token turned out.
+    them, and advantage, float32[M], how much better than expected a token turned out. For a critic
+    these are the value now, the value when the completion was sampled, and the return.
     """
 
     token: mx.array
@@ -177,7 +178,8 @@ class Method(Settings):
     temperature: ClassVar[float] = 1.0
     # The held-out metric that tells the best checkpoint, and whether it is to rise.
     monitor: ClassVar[tuple[str, bool]] = ("loss", False)
-    # What the model gives: "tokens" (log-probabilities) or "rewards" (of a scalar head).
+    # What the model gives: "tokens" (log-probabilities), or by a scalar head "rewards" (of completions)
+    # or "values" (of states).
     reads: ClassVar[str] = "tokens"
     # What the loss of a part of the optimizer step needs to know of the whole: nothing (None), the
     # scores of all its examples ("batch"), or those of their prompts with completions of other

@@ -21,8 +21,7 @@ class Online(Method):
     reward: tuple[str, ...] = setting(
         (),
         "What completions are rewarded by: the run of a reward model, my_rewards.py:function, or a "
-        "built-in verifier (see mlx-align rewards), each with a weight like gsm8k*2. Default for the "
-        "embedded demo: refusal.",
+        "built-in verifier (see mlx-align verifiers), each with a weight like gsm8k*2.",
     )
     group_size: int = setting(8, "Completions sampled for each prompt.", minimum=1)
     max_tokens: int = setting(
@@ -54,10 +53,14 @@ class Online(Method):
     )
 
     monitor: ClassVar[tuple[str, bool]] = ("reward", True)
-    # How rewards become advantages: "group", "leave-one-out" or "return".
+    # How rewards become advantages: "group", "leave-one-out", "return" or "gae".
     advantage: ClassVar[str] = "group"
     # Where the KL goes: into the "loss" of every token, or into the "reward".
     kl_in: ClassVar[str] = "loss"
+    # What only some methods have as settings.
+    dynamic_sampling: ClassVar[bool] = False
+    kl_target: ClassVar[float | None] = None
+    unfinished_penalty: ClassVar[float] = 0.0
 
     @property
     def uses_reference(self) -> bool:
@@ -66,7 +69,7 @@ class Online(Method):
     @property
     def needs_group(self) -> bool:
         """Whether a single sample of a prompt teaches nothing."""
-        return self.advantage != "return"
+        return self.advantage in ("group", "leave-one-out")
 
     def __post_init__(self):
         super().__post_init__()
@@ -266,3 +269,78 @@ class ReinforcePlusPlus(Clipped):
         losses = self.clipped(ratio, scores.advantage) * scores.weight
         metrics = self.policy_metrics(scores, ratio, *self.bounds)
         return Loss(losses.sum(), scores.weight.sum(), metrics)
+
+
+@method(
+    "ppo",
+    data="prompts",
+    learning_rate=1e-5,
+    source="Schulman et al. 2017, arXiv:1707.06347; Ouyang et al. 2022, arXiv:2203.02155",
+)
+@dataclass(frozen=True)
+class PPO(Clipped):
+    """Proximal policy optimization: a critic says what was to be expected of every token.
+
+    loss = - min(rho A, clip(rho, 1 - e, 1 + e) A), the mean over tokens. A is the generalised advantage
+    estimate, whitened over the step, of rewards that hold the score on the last token and -beta (log
+    pi_old - log pi_ref) on every token. Policy, critic and reference are one base in memory, with
+    adapters; so is a reward model on the same base.
+    """
+
+    group_size: int = setting(1, "Completions sampled for each prompt.", minimum=1)
+    beta: float = setting(
+        0.05, "Weight of the KL to the reference; 0 needs no reference.", minimum=0
+    )
+    kl_target: float | None = setting(
+        None,
+        "KL of a completion, in nats, that beta is adapted to hold (Ziegler et al. 2019, "
+        "arXiv:1909.08593, section 2.2).",
+        above=0,
+    )
+    iterations: int = setting(4, "Passes over the samples of a step.", minimum=1)
+    gamma: float = setting(1.0, "Discount of later rewards.", above=0, maximum=1)
+    gae_lambda: float = setting(
+        0.95, "How far advantages look ahead: 1 to the end, 0 one token.", minimum=0, maximum=1
+    )
+    value_clip: float = setting(
+        0.2, "How far the critic may move from its values at sampling.", above=0
+    )
+    critic_rate: float = setting(
+        5.0, "The critic's learning rate, as a multiple of the policy's.", above=0
+    )
+    unfinished_penalty: float = setting(
+        0.0, "Taken off the score of a completion that did not end by itself.", minimum=0
+    )
+
+    advantage: ClassVar[str] = "gae"
+    kl_in: ClassVar[str] = "reward"
+
+    def __call__(self, scores: Scores, context=None) -> Loss:
+        ratio = mx.exp(scores.token - scores.old_token)
+        losses = self.clipped(ratio, scores.advantage) * scores.weight
+        metrics = self.policy_metrics(scores, ratio, *self.bounds)
+        return Loss(losses.sum(), scores.weight.sum(), metrics)
+
+
+@dataclass(frozen=True)
+class Critic(Method):
+    """The value of a state is learnt from the returns that followed it (PPO's critic).
+
+    loss = max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2) / 2, the mean over tokens.
+    """
+
+    clip: float = setting(0.2, "How far a value may move from the one at sampling.", above=0)
+
+    reads: ClassVar[str] = "values"
+
+    def __call__(self, scores: Scores, context=None) -> Loss:
+        value, old, returns = scores.token, scores.old_token, scores.advantage
+        held = mx.clip(value, old - self.clip, old + self.clip)
+        free, bound = mx.square(value - returns), mx.square(held - returns)
+        losses = 0.5 * mx.maximum(free, bound) * scores.weight
+        tokens = scores.weight.sum()
+        metrics = {
+            "loss/value_avg": (mx.stop_gradient(losses).sum(), tokens),
+            "val/clipfrac_avg": (((bound > free) * scores.weight).sum(), tokens),
+        }
+        return Loss(losses.sum(), tokens, metrics)

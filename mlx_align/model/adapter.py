@@ -90,6 +90,7 @@ class Adapter:
     model: nn.Module
     kind: str
     layers: list[tuple[nn.Module | dict | list, str | int, nn.Module, nn.Module]]
+    head: nn.Module | None = None  # a score head that is put on and taken off with the layers
 
     def parameters(self) -> dict:
         """The tree of trained arrays."""
@@ -114,15 +115,37 @@ class Adapter:
     @contextlib.contextmanager
     def off(self):
         """While this is open the model is its base; afterwards it wears the adapter again."""
+        self.take_off()
+        try:
+            yield
+        finally:
+            self.put_on()
+
+    @contextlib.contextmanager
+    def replaced_by(self, other: "Adapter"):
+        """While this is open the model wears the other adapter, which must be off."""
+        with self.off():
+            other.put_on()
+            try:
+                yield
+            finally:
+                other.take_off()
+
+    def put_on(self) -> None:
+        """Let the model wear the adapter."""
+        for parent, key, adapted, _ in self.layers:
+            parent[key] = adapted
+        if self.head is not None:
+            self.model.score = self.head
+
+    def take_off(self) -> None:
+        """Let the model be its base."""
         if self.kind == "full":
             raise ModelError("a fully fine-tuned model has no base to fall back to")
         for parent, key, _, base in self.layers:
             parent[key] = base
-        try:
-            yield
-        finally:
-            for parent, key, adapted, _ in self.layers:
-                parent[key] = adapted
+        if self.head is not None:
+            self.model.pop("score")
 
     def weights(self) -> dict[str, mx.array]:
         """The trained arrays by name."""

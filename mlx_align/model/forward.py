@@ -56,6 +56,11 @@ def rewards(loaded: LoadedModel, batch: Batch) -> mx.array:
     return loaded.model.score(_hidden(loaded, batch)[mx.array(batch.last)])
 
 
+def values(loaded: LoadedModel, batch: Batch) -> mx.array:
+    """A critic's value of the state in which each target of a batch is chosen; float32[M]."""
+    return loaded.model.score(_hidden(loaded, batch)[mx.array(batch.source)])
+
+
 def _hidden(loaded, batch) -> mx.array:
     """The hidden states in front of the vocabulary head, [B * T, D]."""
     with loaded.head.tapped() as tap:

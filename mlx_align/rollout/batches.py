@@ -18,6 +18,8 @@ from mlx_align.data.template import Example, make_example
 from mlx_align.errors import SettingsError
 from mlx_align.model.forward import make_batches, token_scores
 from mlx_align.rollout.advantages import (
+    AdaptiveKL,
+    gae,
     group_advantages,
     leave_one_out,
     returns_to_go,
@@ -26,6 +28,7 @@ from mlx_align.rollout.advantages import (
 )
 from mlx_align.rollout.groups import Sample, sample_groups
 from mlx_align.rollout.rewards import Request, Scored, check_columns, combine, parse_rewards
+from mlx_align.rollout.roles import CriticRole, SharedRewardModel, open_shared
 from mlx_align.train.source import Ground, Update, Work, open_reference
 from mlx_align.train.step import Part, Whole, mean_length
 
@@ -89,7 +92,9 @@ class OnlineSource:
                 "my_rewards.py:function, or --reward RUN of a reward model"
             )
         self._ground, self._method = ground, method
-        self._rewards = parse_rewards(method.reward)
+        self._rewards = parse_rewards(
+            method.reward, open_model=lambda source: open_shared(ground, source)
+        )
         examples = [*ground.dataset.train, *ground.dataset.valid]
         check_columns(self._rewards, [e.row for e in examples])
         self._reference = None
@@ -103,6 +108,16 @@ class OnlineSource:
                 )
             self._start = dict(ground.adapter.weights())
         self.keeps: dict = {}
+        self._critic = None
+        if method.advantage == "gae":
+            if ground.adapter.kind == "full":
+                raise SettingsError(
+                    "fine_tune: full leaves no base for the critic to share; use lora or dora"
+                )
+            shared = [getattr(reward, "model", None) for reward in self._rewards]
+            start = next((m for m in shared if isinstance(m, SharedRewardModel)), None)
+            self._critic = CriticRole(ground, start)
+            self.keeps = {"critic": self._critic}
 
     # -- what the loop asks
 
@@ -111,7 +126,8 @@ class OnlineSource:
         began = time.perf_counter()
         rollout, filtered = self._gather(step)
         sampled = time.perf_counter() - began
-        parts, entropy, kl = self._score(rollout)
+        self._beta, found = state.get("beta", self._method.beta), {}
+        parts, entropy, kl = self._score(rollout, found)
         tokens = sum(part.batch.real_tokens for group in parts for part in group)
         spent = time.perf_counter() - began
         new = sum(len(sample.ids) for sample in rollout.samples)
@@ -122,9 +138,13 @@ class OnlineSource:
             "sampling/logp_gap": self._gap,
             "rollout/tokens_per_second": new / sampled,
             "rollout/seconds": spent,
+            **found,
         }
         if self._method.uses_reference:
-            metrics["objective/kl"] = kl
+            metrics |= {"objective/kl": kl, "beta": self._beta}
+            if self._method.kl_target:
+                steered = AdaptiveKL(self._beta, self._method.kl_target)
+                state = {**state, "beta": steered.update(kl, len(rollout.samples))}
         if filtered:
             metrics["rollout/prompts_filtered"] = float(filtered)
         return Work(self._updates(parts, step), state, tokens, metrics, self._written(rollout))
@@ -150,7 +170,7 @@ class OnlineSource:
         prompts = self._ground.stream.batch(step)
         seed = self._ground.settings.train.seed * 1_000_003 + step
         rollout, filtered = self._sample(prompts, self._method.group_size, seed), 0
-        if not getattr(self._method, "dynamic_sampling", False):
+        if not self._method.dynamic_sampling:
             return rollout, filtered
         steps = self._ground.stream.steps_per_epoch
         for attempt in range(1, TRIES + 1):
@@ -192,8 +212,11 @@ class OnlineSource:
 
     # -- scoring and advantages
 
-    def _score(self, rollout: Rollout) -> tuple[list[list[Part]], float, float]:
-        """The packs of each mini-batch, the mean entropy of a token, and the KL of a completion."""
+    def _score(self, rollout: Rollout, found: dict) -> tuple[list[list[Part]], float, float]:
+        """The packs of each mini-batch, the mean entropy of a token, and the KL of a completion.
+
+        More metrics go into `found`.
+        """
         method, loaded = self._method, self._ground.loaded
         loaded.model.eval()
         examples = self._examples(rollout)
@@ -203,20 +226,23 @@ class OnlineSource:
             make_batches(loaded, group, self._ground.settings.train.pack_length) for group in groups
         ]
         entropy = tokens = 0.0
-        old, ref = {}, {}
+        old, ref, value = {}, {}, {}
         for pack in (p for group in packs for p in group):
-            found = token_scores(loaded, pack, moments=True, temperature=method.temperature)
-            old |= _by_example(pack, np.array(found.logp))
-            entropy += float((np.array(found.entropy) * pack.weight).sum())
+            scores = token_scores(loaded, pack, moments=True, temperature=method.temperature)
+            old |= _by_example(pack, np.array(scores.logp))
+            entropy += float((np.array(scores.entropy) * pack.weight).sum())
             tokens += float(pack.weight.sum())
             if method.uses_reference:
                 ref |= _by_example(pack, self._reference_scores(pack))
+            if self._critic is not None:
+                value |= _by_example(pack, self._critic.values(pack))
         gaps = [
             np.abs(old[e.uid] - np.concatenate([s.logp for s in group])[np.concatenate(e.scored)])
             for e, group in zip(examples, rollout.groups, strict=True)
         ]
         self._gap = float(np.concatenate(gaps).mean()) if tokens else 0.0
-        advantages, kl = self._advantages(rollout, examples, old, ref)
+        advantages, kl = self._advantages(rollout, examples, old, ref, value, found)
+        self._values = value
         parts = [
             [
                 Part(
@@ -255,42 +281,63 @@ class OnlineSource:
         with context:
             return np.array(token_scores(loaded, pack, temperature=temperature).logp)
 
-    def _advantages(self, rollout, examples, old, ref) -> tuple[dict[str, np.ndarray], float]:
+    def _advantages(
+        self, rollout, examples, old, ref, value, found
+    ) -> tuple[dict[str, np.ndarray], float]:
         """The advantage of every token by example, and the mean KL of a completion to the reference."""
         method, reward = self._method, rollout.reward
         kl = {u: old[u] - ref[u] for u in old} if method.uses_reference else {}
         sums = np.array([_sums(e, kl[e.uid]) if kl else [0.0] * reward.shape[1] for e in examples])
         if method.kl_in == "reward" and method.advantage == "leave-one-out":
-            reward = reward - method.beta * sums
+            reward = reward - self._beta * sums
         match method.advantage:
             case "group":
                 values = group_advantages(reward, method.scale_rewards)
             case "leave-one-out":
                 values = leave_one_out(reward)
-            case "return":
-                return self._returns(examples, np.nan_to_num(reward), kl), float(sums.mean())
+            case "return" | "gae":
+                spread = self._along_tokens(
+                    rollout, examples, np.nan_to_num(reward), kl, value, found
+                )
+                return spread, float(sums.mean())
         spread = {
             e.uid: np.repeat(values[i], [int(m.sum()) for m in e.scored])
             for i, e in enumerate(examples)
         }
         return spread, float(sums.mean())
 
-    def _returns(self, examples, reward, kl) -> dict[str, np.ndarray]:
-        """Reward to go of every token, whitened over the step (REINFORCE++)."""
+    def _along_tokens(self, rollout, examples, reward, kl, value, found) -> dict[str, np.ndarray]:
+        """Advantages of tokens from rewards of tokens: the score on the last one, the KL on each.
+
+        Without a critic the whitened reward to go (REINFORCE++), with one the whitened generalised
+        advantage estimate; the returns that the critic is to learn are kept.
+        """
+        method = self._method
         lengths = [[int(m.sum()) for m in e.scored] for e in examples]
         flat = [n for row in lengths for n in row]
         rows = np.zeros((len(flat), max(flat)))
         mask = np.arange(rows.shape[1]) < np.array(flat)[:, None]
         if kl:
-            rows[mask] = -self._method.beta * np.concatenate([kl[e.uid] for e in examples])
-        for row, n, value in zip(rows, flat, reward.reshape(-1), strict=True):
+            rows[mask] = -self._beta * np.concatenate([kl[e.uid] for e in examples])
+        for row, n, score, sample in zip(
+            rows, flat, reward.reshape(-1), rollout.samples, strict=True
+        ):
             if n:
-                row[n - 1] += value
-        values = iter(whiten(returns_to_go(rows, mask), mask, bessel=False)[mask])
-        return {
-            e.uid: np.array([next(values) for _ in range(sum(row))])
-            for e, row in zip(examples, lengths, strict=True)
-        }
+                row[n - 1] += score - (0.0 if sample.finished else method.unfinished_penalty)
+        if self._critic is None:
+            advantages = whiten(returns_to_go(rows, mask), mask, bessel=False)
+            return _spread(examples, lengths, advantages[mask])
+        states = np.zeros_like(rows)
+        states[mask] = np.concatenate([value[e.uid] for e in examples])
+        advantages, returns = gae(rows, states, mask, method.gamma, method.gae_lambda)
+        spread = returns[mask].var()
+        found["critic/explained_variance"] = (
+            float(1 - (returns - states)[mask].var() / spread) if spread else 0.0
+        )
+        found["critic/value_mean"] = float(states[mask].mean())
+        found["objective/rlhf_reward"] = float(rows.sum(axis=1).mean())
+        self._returns = _spread(examples, lengths, returns[mask])
+        return _spread(examples, lengths, whiten(advantages, mask)[mask])
 
     def _updates(self, groups: list[list[Part]], step: int):
         """Every mini-batch once in each pass, in an order of its own."""
@@ -301,7 +348,15 @@ class OnlineSource:
                 if not any(part.batch.weight.any() for part in parts):
                     continue
                 examples = [e for part in parts for e in part.batch.examples]
-                yield Update(parts, Whole(mean_length(examples), [None] * len(parts)))
+                whole = Whole(mean_length(examples), [None] * len(parts))
+                yield Update(parts, whole)
+                if self._critic is not None:
+                    lessons = [self._lesson(part.batch) for part in parts]
+                    yield Update(lessons, whole, self._critic.learner)
+
+    def _lesson(self, pack: Batch) -> Part:
+        """What the critic learns from a pack: its values when it was sampled, and the returns."""
+        return Part(pack, None, _join(pack, self._values), _join(pack, self._returns))
 
     # -- what is reported
 
@@ -358,6 +413,13 @@ def _by_example(pack: Batch, values: np.ndarray) -> dict[str, np.ndarray]:
         found[example.uid] = values[at : at + count]
         at += count
     return found
+
+
+def _spread(examples, lengths, values: np.ndarray) -> dict[str, np.ndarray]:
+    """One row of values of all tokens as values by example."""
+    ends = np.cumsum([sum(row) for row in lengths])
+    parts = np.split(values, ends[:-1])
+    return {e.uid: part for e, part in zip(examples, parts, strict=True)}
 
 
 def _join(pack: Batch, values: dict[str, np.ndarray]) -> np.ndarray:

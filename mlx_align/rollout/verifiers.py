@@ -96,7 +96,7 @@ _MARK = re.compile(
     rf"(?P<answer>-?[$€£¥]?-?(?:{_DIGITS})[^\n]*)",
     re.IGNORECASE,
 )
-_NUMBERED_HEADING = re.compile(r"\d+[.):]\**\s+[^\W\d]")
+_NUMBERED_HEADING = re.compile(r"\d+[.):][*_]*\s+[*_]*[^\W\d]")
 # No sum has so many digits, and Python refuses to convert a few thousand of them.
 _MAX_DIGITS = 100
 

@@ -37,7 +37,7 @@ from mlx_align.train.optimizer import Optimizer, learning_rate_at
 from mlx_align.train.reference import model_fingerprint
 from mlx_align.train.runlog import Metrics, check_space, claim_folder, read_run, versions, write_run
 from mlx_align.train.source import Ground, Offline, Source
-from mlx_align.train.step import NOTHING, train_step
+from mlx_align.train.step import NOTHING, Totals, train_step
 
 log = logging.getLogger("mlx_align")
 
@@ -308,10 +308,25 @@ def _loop(run: _Run, record: dict, should_stop) -> Result:
         # Dropout then depends on the step alone, and a resumed run draws what the unbroken one drew.
         mx.random.seed(settings.seed * 1_000_003 + progress.step)
         totals, norms = NOTHING, []
-        for parts, whole in work.updates:
+        for parts, whole, learner in work.updates:
             loaded.model.train()
-            here, norm = train_step(loaded, adapter, optimizer, method, parts, learning_rate, whole)
-            totals, norms = totals.add(here), [*norms, norm]
+            if learner is None:
+                here, norm = train_step(
+                    loaded, adapter, optimizer, method, parts, learning_rate, whole
+                )
+                totals, norms = totals.add(here), [*norms, norm]
+                continue
+            with adapter.replaced_by(learner.adapter):
+                here, _ = train_step(
+                    loaded,
+                    learner.adapter,
+                    learner.optimizer,
+                    learner.method,
+                    parts,
+                    learning_rate * learner.rate,
+                    whole,
+                )
+            totals = totals.add(Totals(0.0, 0.0, here.metrics))
         progress.method_state = work.state
         seconds = time.perf_counter() - started
         progress.step += 1

@@ -15,12 +15,14 @@ from mlx_align.data.dataset import Dataset
 from mlx_align.data.stream import Stream, mismatched
 from mlx_align.data.template import Example
 from mlx_align.errors import ModelError
+from mlx_align.losses import Method
 from mlx_align.model.adapter import Adapter
 from mlx_align.model.forward import choose_layout, make_batches, rewards
 from mlx_align.model.load import LoadedModel
 from mlx_align.model.open import open_model
 from mlx_align.train.config import RunSettings
 from mlx_align.train.moving import MovingReference
+from mlx_align.train.optimizer import Optimizer
 from mlx_align.train.reference import LogProbs, join_reference, reference_log_probs
 from mlx_align.train.step import Part, Whole, evaluate, survey
 
@@ -40,11 +42,22 @@ class Ground:
     on_progress: Callable[[str, int, int], None]
 
 
+class Learner(NamedTuple):
+    """Somebody besides the policy who learns: its loss, its adapter (off until its turn), its optimizer,
+    and its learning rate as a multiple of the policy's."""
+
+    method: Method
+    adapter: Adapter
+    optimizer: Optimizer
+    rate: float
+
+
 class Update(NamedTuple):
-    """What one optimizer step learns from."""
+    """What one optimizer step learns from, and who learns, if it is not the policy."""
 
     parts: list[Part]
     whole: Whole
+    learner: Learner | None = None
 
 
 @dataclass

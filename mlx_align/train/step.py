@@ -12,7 +12,7 @@ from mlx_align.data.template import Example
 from mlx_align.errors import NonFiniteError
 from mlx_align.losses import Loss, Method, Scores
 from mlx_align.model.adapter import Adapter
-from mlx_align.model.forward import rewards, token_log_probs, token_scores
+from mlx_align.model.forward import rewards, token_log_probs, token_scores, values
 from mlx_align.model.load import LoadedModel
 from mlx_align.train.optimizer import Optimizer
 
@@ -77,6 +77,9 @@ def score_batch(
     value, importance = _judgements(batch.examples)
     if method.reads == "rewards":
         return Scores.of_rewards(rewards(loaded, batch), value, importance)
+    if method.reads == "values":
+        found = values(loaded, batch)
+        return _summed(part, found, found > 0, value, importance, mean_length)
     scores = token_scores(
         loaded,
         batch,
@@ -84,9 +87,23 @@ def score_batch(
         moments=method.needs_collision,
         temperature=method.temperature,
     )
-    summed = Scores.of(
+    return _summed(
+        part,
         scores.logp,
         scores.hit,
+        value,
+        importance,
+        mean_length,
+        collision=scores.collision,
+        in_prompt=mx.array(batch.in_prompt) if method.scores_prompts else None,
+    )
+
+
+def _summed(part: Part, token, hit, value, importance, mean_length, **extra) -> Scores:
+    batch = part.batch
+    scores = Scores.of(
+        token,
+        hit,
         mx.array(batch.owner),
         mx.array(batch.weight),
         batch.completions,
@@ -94,10 +111,9 @@ def score_batch(
         value=value,
         importance=importance,
         mean_length=mean_length,
-        collision=scores.collision,
-        in_prompt=mx.array(batch.in_prompt) if method.scores_prompts else None,
+        **extra,
     )
-    return summed._replace(old_token=_array(part.old), advantage=_array(part.advantage))
+    return scores._replace(old_token=_array(part.old), advantage=_array(part.advantage))
 
 
 def _array(values: np.ndarray | None) -> mx.array | None:
@@ -224,7 +240,9 @@ def _check_finite(value: float, loaded, method, parts: Sequence[Part], what: str
         return
     culprits = []
     for batch in (part.batch for part in parts):
-        if method.reads == "rewards":
+        if method.reads == "values":
+            scores, owner = np.asarray(values(loaded, batch)), np.asarray(batch.owner)
+        elif method.reads == "rewards":
             scores, owner = np.asarray(rewards(loaded, batch)), np.arange(batch.completions)
         else:
             scores, owner = np.asarray(token_log_probs(loaded, batch)[0]), np.asarray(batch.owner)

@@ -148,16 +148,17 @@ def test_labels_of_one_kind(advised):
 
 
 def test_only_methods_that_exist_are_advised(advised):
-    rows = [{"question": f"{i}?", "answer": f"{i}"} for i in range(5)]
-    assert methods(advised(rows)) == [None]
-    assert methods(advise(advised(rows), ("sft", "grpo"))) == ["grpo", None]
     assert methods(advise(advised(pairs(3)), ("orpo",))) == ["orpo"]
-    assert "--field" in first(advised(rows)).text
 
 
-def test_prompts_alone_are_to_be_answered_first(advised):
-    found = advised([{"prompt": f"{i}?"} for i in range(5)])
-    assert methods(found) == [None] and "mlx-align generate" in first(found).text
+def test_prompts_are_to_be_rewarded(advised):
+    found = advised([{"prompt": f"{i}?", "answer": f"{i}"} for i in range(5)])
+    assert methods(advise(found, ("grpo",))) == ["grpo", None]
+    assert first(advise(found, ("grpo",))).command.endswith("--reward gsm8k")
+    words = advise(advised([{"prompt": "Where?", "answer": "Paris"}]), ("grpo",))
+    assert first(words).command.endswith("--reward contains")
+    alone = advised([{"prompt": f"{i}?"} for i in range(5)])
+    assert methods(alone) == [None] and "prompts alone teach nothing" in first(alone).text
 
 
 def test_comparisons_are_to_be_written_as_pairs(advised):
@@ -170,3 +171,5 @@ def test_comparisons_are_to_be_written_as_pairs(advised):
 
 def test_nothing_usable_gets_no_advice(advised):
     assert not methods(advised([{"x": 1}]))
+    found = advised([{"question": "1 + 1?", "answer": "2"}])
+    assert "try --field prompt=question,completion=answer" in said(found, "note")[0]

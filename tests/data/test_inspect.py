@@ -13,19 +13,18 @@ from mlx_align.data.dataset import DataSettings
 from mlx_align.data.inspect import (
     UNLIMITED,
     Comparison,
-    Prompt,
     Rows,
     count_unended,
     find_leakage,
-    has_checkable_answer,
     inspect_data,
     measure_lengths,
     parse_item,
     read_split,
     shorten,
+    suggest_fields,
     tokens_needed,
 )
-from mlx_align.data.records import PairRecord, Unfit
+from mlx_align.data.records import PairRecord, PromptRecord, Unfit
 from mlx_align.data.template import Encoder, find_template, make_example
 from mlx_align.errors import DataError
 
@@ -127,13 +126,9 @@ def test_nothing_usable(check):
             {"instruction": "a", "input": "b", "response1": "x", "response2": "y"},
             Comparison("a\n\nb", "x", "y", "f:1"),
         ),
-        (
-            {"question": "a", "answer_b": "y", "answer_a": "x"},
-            Comparison("a", "x", "y", "f:1"),
-        ),
-        ({"prompt": "a", "id": 3}, Prompt("a", "f:1")),
-        ({"prompt": [USER]}, Prompt((USER,), "f:1")),
-        ({"question": "1 + 1?", "answer": "2"}, Prompt("1 + 1?", "f:1")),
+        ({"prompt": "a", "answer_b": "y", "answer_a": "x"}, Comparison("a", "x", "y", "f:1")),
+        ({"prompt": "a", "id": "3"}, PromptRecord("a", {"prompt": "a", "id": "3"}, "f:1")),
+        ({"prompt": [USER]}, PromptRecord((USER,), {"prompt": [USER]}, "f:1")),
         (pair(), PairRecord("Hi", "Yes", "No", "f:1")),
     ],
 )
@@ -149,13 +144,29 @@ def test_what_a_row_is(row, item):
         ({"response1": "x", "response2": "y"}, DataError, "no known kind"),
         ({"prompt": "a", "response1": True, "response2": "y"}, DataError, "True, not text"),
         ({"prompt": "a", "response1": "x", "response2": " "}, Unfit, "empty response2"),
-        ({"prompt": [5]}, DataError, "is not a message"),
+        ({"prompt": [5]}, DataError, "no known kind"),
+        ({"question": "1 + 1?", "answer": "2"}, DataError, "no known kind"),
         (["a"], DataError, "must be a JSON object"),
     ],
 )
 def test_what_is_no_row(row, error, words):
     with pytest.raises(error, match=words):
         parse_item(row, "f:1")
+
+
+@pytest.mark.parametrize(
+    ("row", "fields"),
+    [
+        ({"question": "a", "answer": "b"}, ["prompt=question", "completion=answer"]),
+        ({"prompt": "a", "response": "b", "answer": "c"}, ["completion=response"]),
+        ({"query": "a", "better": "b", "worse": "c"}, ["prompt=query", "chosen=better", "rejected=worse"]),
+        ({"winner": "so it is", "loser": "so it was"}, ["chosen=winner", "rejected=loser"]),
+        ({"prompt": "a", "chosen": "b"}, []),
+        ({"x": 1}, []),
+    ],
+)  # fmt: skip
+def test_other_names_are_suggested_where_they_would_do(row, fields):
+    assert suggest_fields(row) == fields
 
 
 # -- tokens ----------------------------------------------------------------------------------------
@@ -193,6 +204,7 @@ def test_a_cut_example_is_shown_cut(check):
         ([[5, 6, 7]], [[0, 0, 1]], 4),
         ([[5, 6, 7], [5, 6, 8]], [[1, 1, 1], [1, 1, 1]], 4),
         ([[5, 6], [5, 6, 8]], [[1, 1], [1, 1, 1]], 4),
+        ([], [], 1),
     ],
 )
 def test_tokens_without_which_nothing_is_learnt(completions, scored, needed):
@@ -288,17 +300,19 @@ def test_who_labelled(values, column, ai):
     assert {name: share.hits for name, share in found.items()} == ({column: ai} if column else {})
 
 
-@pytest.mark.parametrize(
-    ("row", "expected"),
-    [
-        ({"answer": 42}, True), ({"answer": "$1,234.50"}, True), ({"answer": "so.\n#### 42"}, True),
-        ({"solution": r"thus \boxed{x^2}"}, True), ({"completion": "it is\n#### -7"}, True),
-        ({"ground_truth": "so.\nA: 18"}, True), ({"answer": "Paris"}, False), ({"answer": True}, False),
-        ({"answer": "in 1984 it was so"}, False), ({"prompt": "#### 42"}, False),
-    ],
-)  # fmt: skip
-def test_answers_that_a_program_can_check(row, expected):
-    assert has_checkable_answer(row) is expected
+def test_answers_to_compare_with(check):
+    answers = [
+        42,
+        "$1,234.50",
+        "so.\n#### -7",
+        r"thus \boxed{3}",
+        "Paris",
+        "in 1984 it was so",
+        None,
+    ]
+    found = check([{"prompt": f"{i}?", "answer": answer} for i, answer in enumerate(answers)])
+    assert (found.kind, found.usable, found.answered, found.numeric) == ("prompts", 7, 6, 4)
+    assert check([{"prompt": "a longer prompt"}], limit=2).usable == 0
 
 
 def test_contradicting_pairs_tell_the_noise(check):
@@ -348,10 +362,10 @@ def test_words():
 # -- real data -------------------------------------------------------------------------------------
 
 
-def real(shared, tokenizer, name):
+def real(shared, tokenizer, name, *fields):
     file = shared(f"data/{name}")
     encoder = Encoder(tokenizer, max_length=UNLIMITED, template=find_template(tokenizer))
-    splits = {"train": read_split([file])}
+    splits = {"train": read_split([file], fields)}
     return inspect_data(DataSettings(data=str(file)), splits, encoder, model="some/model")
 
 
@@ -375,8 +389,9 @@ def test_pandalm(shared, tokenizer):
 
 
 def test_gsm8k(shared, tokenizer):
-    found = real(shared, tokenizer, "gsm8k_test.jsonl.gz")
-    assert (found.kind, found.understood, found.checkable) == ("prompts", 1319, 1319)
+    found = real(shared, tokenizer, "gsm8k_test.jsonl.gz", ("prompt", "question"))
+    assert (found.kind, found.usable, found.numeric) == ("prompts", 1319, 1319)
+    assert real(shared, tokenizer, "gsm8k_test.jsonl.gz").understood == 0
 
 
 def test_hh_harmless(shared, tokenizer):

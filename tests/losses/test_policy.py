@@ -6,7 +6,7 @@ import pytest
 
 from mlx_align.errors import SettingsError
 from mlx_align.losses import METHODS, Scores
-from mlx_align.losses.policy import GRPO, RLOO
+from mlx_align.losses.policy import GRPO, RLOO, Critic
 
 # Two completions of four and three tokens; the shared collection's PPO and GRPO example.
 OLD = [-1.0, -0.5, -2.0, -0.7, -0.3, -1.2, -0.9]
@@ -84,6 +84,29 @@ def test_rloo_takes_whole_completions():
     clipped = np.clip(ratio, 0.8, 1.2)
     expected = -np.minimum(ratio * advantage, clipped * advantage).mean()
     assert value(RLOO()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_ppo_and_its_critic_golden():
+    """The shared collection's example: whitened advantages, clipped policy and value losses."""
+    whitened = [
+        0.78342856,
+        0.71659572,
+        1.00593274,
+        0.67505034,
+        -1.16590303,
+        -1.09554069,
+        -0.91956364,
+    ]
+    loss = METHODS["ppo"]()(scores(advantage=whitened))
+    assert float(loss.total / loss.weight) == pytest.approx(0.05317691, rel=1e-5)
+    total, count = loss.metrics["clip_ratio/region_mean"]
+    assert float(total) / float(count) == pytest.approx(0.14285714, rel=1e-5)
+    value = np.array([0.1, 0.2, 0.0, 0.3, 0.5, 0.4, 0.2])
+    moved = value + [0.5, -0.1, 0.1, 0.0, -0.4, 0.0, 0.3]
+    returns = [0.88515125, 0.926475, 0.9805, 0.99, -0.426275, -0.4645, -0.51]
+    made = scores(mx.array(moved.astype(np.float32)), advantage=returns, old=value.tolist())
+    critic = Critic(clip=0.2)(made)
+    assert float(critic.total / critic.weight) == pytest.approx(0.32655563, rel=1e-5)
 
 
 ONLINE = [n for n, m in METHODS.items() if m.data == "prompts"]
@@ -169,4 +192,5 @@ def test_a_group_of_one_is_refused():
     for cls in (GRPO, RLOO):
         with pytest.raises(SettingsError, match="every advantage is 0"):
             cls(group_size=1)
-    METHODS["reinforce++"](group_size=1)
+    for name in ("reinforce++", "ppo"):
+        METHODS[name](group_size=1)

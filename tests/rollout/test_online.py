@@ -1,17 +1,26 @@
 """Learning from samples: the prompt is shared, ratios start at 1, runs go on bit for bit."""
 
 import json
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from train.test_loop import adapter, rows, same_bits
+from mlx.utils import tree_flatten
+from train.test_loop import adapter, rows, same_bits, write_pairs
 
 from mlx_align import api
 from mlx_align.errors import SettingsError
 from mlx_align.losses import METHODS
+from mlx_align.model import open as open_module
 from mlx_align.model.adapter import AdapterSettings, wear_adapter
+from mlx_align.model.forward import choose_layout
+from mlx_align.model.load import load_model
+from mlx_align.model.reward import open_reward_model
 from mlx_align.rollout.groups import sample_groups
+from mlx_align.rollout.roles import CriticRole, SharedRewardModel, open_shared
+from mlx_align.train import loop
+from mlx_align.train.config import RunSettings
 
 PROMPTS = [[5, 6, 7, 8], [9, 10], [11]]
 SAMPLING = {"max_tokens": 10, "temperature": 1.0}
@@ -102,7 +111,7 @@ ONLINE = [n for n, m in METHODS.items() if m.data == "prompts"]
 
 @pytest.mark.parametrize("name", ONLINE)
 def test_the_first_ratio_is_one(name, job):
-    run = api.train_model(name, **job("run", steps=2, beta=0.05))
+    run = api.train_model(name, **job("run", steps=2, beta=0.05, iterations=1))
     for row in (r for r in rows(run.folder) if r["split"] == "train"):
         assert row["val/ratio"] == 1.0 and row["policy/approxkl_avg"] == 0.0
         assert row["clip_ratio/region_mean"] == 0.0
@@ -140,6 +149,108 @@ def test_packs_change_nothing(name, job):
     assert a["reward"] == b["reward"]
     assert a["loss"] == pytest.approx(b["loss"], rel=1e-3, abs=1e-5)
     assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+# -- PPO --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reward_run(model_folder, tmp_path):
+    """A reward model on the base that the policies of these tests have."""
+
+    def make(**changes):
+        data = write_pairs(tmp_path / "pairs.jsonl", 16)
+        settings = {"model": str(model_folder("qwen2")), "steps": 4, "learning_rate": 1e-2}
+        folder = tmp_path / f"rm{len(list(tmp_path.glob('rm*')))}"
+        run = api.train_model(
+            "reward", data=str(data), output=str(folder), **{**settings, **changes}
+        )
+        return run.folder
+
+    return make
+
+
+def test_four_models_stand_on_one_base(job, reward_run, monkeypatch):
+    """Policy, critic, reward model and reference; the base is loaded once."""
+    folder, loads = reward_run(), []
+    original = loop.load_model
+    for module in (loop, open_module):
+        monkeypatch.setattr(
+            module, "load_model", lambda *a, **k: loads.append(1) or original(*a, **k)
+        )
+    run = api.train_model("ppo", **job("run", reward=(str(folder),), steps=2))
+    assert len(loads) == 1
+    row = rows(run.folder)[1]
+    assert {"critic/explained_variance", "loss/value_avg", "objective/kl"} <= row.keys()
+    # The policy's adapter alone is what the run leaves: no head, nothing of the critic.
+    assert not any("score" in name for name in adapter(run.folder))
+
+
+def test_the_shared_reward_model_scores_as_it_does_alone(job, reward_run, loaded_model):
+    folder = reward_run()
+    loaded = load_model(job("x")["model"])
+    choose_layout(loaded)
+    settings = RunSettings.from_flat("ppo", job("x"), "test")
+    policy = wear_adapter(loaded.model, AdapterSettings(), seed=0)
+    moved = {n: x + 0.3 for n, x in policy.weights().items()}
+    policy.load(moved, "")
+    ground = SimpleNamespace(settings=settings, loaded=loaded, adapter=policy)
+    pairs = [("What is it?", "bread and salt"), ("Why?", "the quick brown fox")]
+    shared = open_shared(ground, str(folder))
+    assert isinstance(shared, SharedRewardModel)
+    assert np.allclose(shared.score(pairs), open_reward_model(folder).score(pairs), atol=1e-4)
+    # Afterwards the policy is what it was.
+    assert same_bits(policy.weights(), moved) and "score" not in loaded.model
+
+
+def test_memory_of_four_models_is_little_more_than_one(job, reward_run, loaded_model):
+    folder = reward_run()
+    loaded = load_model(job("x")["model"])
+    choose_layout(loaded)
+    base = sum(x.nbytes for _, x in tree_flatten(loaded.model.parameters()))
+    settings = RunSettings.from_flat("ppo", job("x", lora_rank=1), "test")
+    policy = wear_adapter(loaded.model, settings.adapter, seed=0)
+    ground = SimpleNamespace(settings=settings, loaded=loaded, adapter=policy)
+    mx.eval(policy.parameters())
+    before = mx.get_active_memory()
+    shared = open_shared(ground, str(folder))
+    critic = CriticRole(ground, None)
+    roles = [policy, shared.adapter, critic.adapter]
+    own = sum(a.nbytes for r in roles for _, _, l, _ in r.layers for a in (l.lora_a, l.lora_b))
+    assert mx.get_active_memory() - before < own + 0.05 * base
+
+
+def test_the_critic_starts_as_the_reward_model_where_it_can(job, reward_run):
+    folder = reward_run()
+    trained = adapter(folder)
+    for rank, same in ((8, True), (4, False)):
+        loaded = load_model(job("x")["model"])
+        choose_layout(loaded)
+        settings = RunSettings.from_flat("ppo", job("x", lora_rank=rank), "test")
+        policy = wear_adapter(loaded.model, settings.adapter, seed=0)
+        ground = SimpleNamespace(settings=settings, loaded=loaded, adapter=policy)
+        shared = open_shared(ground, str(folder))
+        critic = CriticRole(ground, shared)
+        with policy.replaced_by(critic.adapter):
+            weights = critic.adapter.weights()
+        name = next(n for n in trained if n.endswith("lora_b"))
+        assert mx.array_equal(weights[name], trained[name]) == same
+        if same:
+            expected = trained["score.weight"] / shared.model.std
+            assert mx.allclose(weights["score.weight"], expected)
+
+
+def test_the_kl_coefficient_is_steered_and_kept(job, tmp_path):
+    settings = {"kl_target": 0.001, "steps": 6, "beta": 0.1}
+    run = api.train_model("ppo", **job("whole", **settings))
+    betas = [r["beta"] for r in rows(run.folder) if r["split"] == "train"]
+    assert betas[0] == 0.1 and len(set(betas)) > 3
+    count = []
+    api.train_model(
+        "ppo", **job("broken", **settings), should_stop=lambda: count.append(1) or len(count) == 3
+    )
+    api.train_model("ppo", resume=tmp_path / "broken")
+    assert betas == [r["beta"] for r in rows(tmp_path / "broken") if r["split"] == "train"]
 
 
 def test_unfinished_completions_can_be_left_out(job):

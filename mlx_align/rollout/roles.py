@@ -1,0 +1,124 @@
+"""PPO's other models as adapters on the policy's base: the critic, and a reward model made on it.
+
+One base is in memory. The policy's adapter is off while a role is worn, and on again afterwards.
+"""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_align.losses.policy import Critic
+from mlx_align.model.adapter import (
+    Adapter,
+    AdapterSettings,
+    load_adapter,
+    read_adapter_config,
+    wear_adapter,
+)
+from mlx_align.model.forward import values
+from mlx_align.model.heads import attach_reward_head
+from mlx_align.model.open import find_adapter
+from mlx_align.model.reward import RewardModel, open_reward_model
+from mlx_align.train.optimizer import Optimizer
+from mlx_align.train.source import Ground, Learner
+
+log = logging.getLogger("mlx_align")
+
+
+class SharedRewardModel:
+    """A reward model on the policy's own base, put on to score and taken off again."""
+
+    def __init__(self, ground: Ground, folder: Path):
+        config, loaded, policy = read_adapter_config(folder), ground.loaded, ground.adapter
+        policy.take_off()
+        attach_reward_head(loaded.model, loaded.head)
+        self.adapter = load_adapter(loaded.model, folder)
+        self.adapter.head = loaded.model.score
+        self.adapter.take_off()
+        policy.put_on()
+        statistics = config.get("reward") or {"mean": 0.0, "std": 1.0}
+        self._policy = policy
+        self.model = RewardModel(
+            loaded,
+            statistics["mean"],
+            statistics["std"] or 1.0,
+            config.get("prompt_format", "auto"),
+        )
+
+    def score(self, completions) -> np.ndarray:
+        """As `RewardModel.score`."""
+        with self._policy.replaced_by(self.adapter):
+            return self.model.score(completions)
+
+
+def open_shared(ground: Ground, source: str) -> SharedRewardModel | RewardModel:
+    """The reward model of a run: on the policy's base where it was made on it, else beside it."""
+    folder = find_adapter(source)
+    config = {} if folder is None else read_adapter_config(folder)
+    same = config.get("head") == "reward" and config.get("model") == ground.settings.model.model
+    if same and config.get("fine_tune_type") != "full" and ground.adapter.kind != "full":
+        return SharedRewardModel(ground, folder)
+    model = open_reward_model(source)
+    log.info("the reward model %s is another base than the policy's, so both are in memory", source)
+    return model
+
+
+class CriticRole:
+    """The critic: an adapter like the policy's with a head of its own, and its optimizer."""
+
+    def __init__(self, ground: Ground, start: SharedRewardModel | None):
+        settings, loaded, policy = ground.settings, ground.loaded, ground.adapter
+        method, train = settings.method, settings.train
+        self._ground = ground
+        policy.take_off()
+        head = attach_reward_head(loaded.model, loaded.head, train.seed + 1)
+        made: AdapterSettings = replace(settings.adapter, start=None)
+        self.adapter: Adapter = wear_adapter(loaded.model, made, train.seed + 1)
+        self.adapter.head = head
+        if start is not None:
+            self._start_from(start)
+        mx.eval(self.adapter.parameters())
+        self.adapter.take_off()
+        policy.put_on()
+        self._optimizer = Optimizer(train.weight_decay, train.max_grad_norm)
+        critic = Critic(clip=method.value_clip)
+        self.learner = Learner(critic, self.adapter, self._optimizer, method.critic_rate)
+
+    def _start_from(self, start: SharedRewardModel) -> None:
+        """Begin as the reward model, whose score of a finished answer is what is to be expected."""
+        own = self.adapter.weights()
+        with self.adapter.replaced_by(start.adapter):
+            weights = start.adapter.weights()
+        if {n: a.shape for n, a in weights.items()} != {n: a.shape for n, a in own.items()}:
+            log.info("the reward model's adapter has another shape; the critic starts afresh")
+            return
+        # The reward is (score - mean) / deviation; the head has no constant, which it learns around.
+        weights["score.weight"] = weights["score.weight"] / start.model.std
+        self.adapter.load(weights, "the reward model")
+
+    def values(self, batch) -> np.ndarray:
+        """The values of a batch's table, float32[M]."""
+        with self._ground.adapter.replaced_by(self.adapter):
+            return np.array(values(self._ground.loaded, batch))
+
+    # -- what a checkpoint keeps
+
+    def state(self) -> dict[str, mx.array]:
+        """Adapter and optimizer, as arrays by name."""
+        with self._ground.adapter.replaced_by(self.adapter):
+            weights = {f"weights/{n}": a for n, a in self.adapter.weights().items()}
+        return weights | {f"optimizer/{n}": a for n, a in self._optimizer.state().items()}
+
+    def load(self, state: dict[str, mx.array]) -> None:
+        """Continue from a saved state."""
+        parts = {"weights": {}, "optimizer": {}}
+        for name, array in state.items():
+            kind, _, rest = name.partition("/")
+            parts[kind][rest] = array
+        with self._ground.adapter.replaced_by(self.adapter):
+            self.adapter.load(parts["weights"], "the critic")
+            if parts["optimizer"]:
+                self._optimizer.load(parts["optimizer"], self.adapter.parameters())
