@@ -12,6 +12,7 @@ from mlx_align.data.jsonl import find_files, read_rows, summarise
 from mlx_align.data.records import (
     ChatRecord,
     CompletionRecord,
+    JudgedPairRecord,
     LabelRecord,
     PairRecord,
     Problem,
@@ -30,6 +31,7 @@ from mlx_align.settings import Settings, setting
 
 KINDS = {
     PairRecord: "preference pairs (prompt, chosen, rejected)",
+    JudgedPairRecord: "pairs taken as judged completions",
     LabelRecord: "completions judged good or bad (prompt, completion, label)",
     CompletionRecord: "prompts with one completion",
     ChatRecord: "conversations (messages)",
@@ -38,7 +40,7 @@ KINDS = {
 }
 ACCEPTS = {
     "pairs": (PairRecord,),
-    "labels": (LabelRecord,),
+    "labels": (LabelRecord, JudgedPairRecord),
     "prompts": (PromptRecord,),
     "completions": (ChatRecord, CompletionRecord, TextRecord),
 }
@@ -223,7 +225,7 @@ def load_dataset(
         parse = parse_prompt if kind == "prompts" else parse_record
         records = read_records(files, report, fields, parse)
         if kind == "labels" and unpair:
-            records = [r for record in records for r in _unpaired(record)]
+            records = [r.unpaired() if isinstance(r, PairRecord) else r for r in records]
         _check_kind(records, kind, method, report)
         if needs_margin:
             _check_margins(records, method)
@@ -247,10 +249,6 @@ def _held_out_files(settings, files):
     if settings.valid_data:
         return find_files(settings.valid_data)["train"]
     return files.get("valid") or files.get("test")
-
-
-def _unpaired(record):
-    return record.unpaired() if isinstance(record, PairRecord) else (record,)
 
 
 def _check_margins(records, method):

@@ -54,13 +54,14 @@ class PairRecord(_Whole):
     weight: float = 1.0
     margin: float | None = None
 
-    def unpaired(self) -> "tuple[LabelRecord, LabelRecord]":
+    def unpaired(self) -> "JudgedPairRecord":
         """The pair as a good and a bad completion of its prompt."""
-        rest = (self.origin, self.tools, self.template_args, self.weight)
-        return (
-            LabelRecord(self.prompt, self.chosen, True, *rest),
-            LabelRecord(self.prompt, self.rejected, False, *rest),
-        )
+        return JudgedPairRecord(**vars(self))
+
+
+@dataclass(frozen=True)
+class JudgedPairRecord(PairRecord):
+    """A good and a bad completion of one prompt, each judged by itself."""
 
 
 @dataclass(frozen=True)

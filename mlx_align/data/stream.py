@@ -64,7 +64,7 @@ def _spread(order, labels, rng):
 
 
 def mismatched(examples: list[Example], max_length: int, seed: int) -> dict[str, Example]:
-    """For each example, by uid: its prompt with the completion of another prompt's example.
+    """For each example, by uid: its prompt with as many completions of another prompt's example.
 
     KTO estimates its KL term on such pairs (Ethayarajh et al. 2024, arXiv:2402.01306, section 4.1).
     The partners are fixed for a run, so their reference is computed once. Empty where there is one
@@ -79,8 +79,8 @@ def mismatched(examples: list[Example], max_length: int, seed: int) -> dict[str,
         other = next((o for o in others if o.prompt.tobytes() != prompt), None)
         if other is not None:
             room = max_length - len(example.prompt)
-            ids = other.completions[0][:room]
-            partners[example.uid] = make_example(
-                example.prompt, [ids], [np.ones(len(ids), bool)], example.origin
-            )
+            count = min(len(example.completions), len(other.completions))
+            cut = [ids[:room] for ids in other.completions[:count]]
+            masks = [np.ones(len(ids), bool) for ids in cut]
+            partners[example.uid] = make_example(example.prompt, cut, masks, example.origin)
     return partners

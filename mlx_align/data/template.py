@@ -22,6 +22,7 @@ import numpy as np
 from mlx_align.data.records import (
     ChatRecord,
     CompletionRecord,
+    JudgedPairRecord,
     LabelRecord,
     Message,
     PairRecord,
@@ -273,6 +274,8 @@ class Encoder:
     def examples(self, record: Record) -> list[Example]:
         """The examples of one record, usually one. Raises `Unfit` for a row to be left out."""
         match record:
+            case JudgedPairRecord():
+                return [self._pair(record, (record.chosen, record.rejected), (1.0, 0.0))]
             case PairRecord():
                 margin = () if record.margin is None else (record.margin, 0.0)
                 return [self._pair(record, (record.chosen, record.rejected), margin)]

@@ -13,6 +13,8 @@ _HERE = Path(__file__).parent
 _SETTINGS = {
     "sft": {"learning_rate": 1e-3},
     "reward": {"learning_rate": 1e-3},
+    "kto": {"learning_rate": 1e-3},
+    "bco": {"learning_rate": 1e-3},
     "ipo": {"learning_rate": 5e-4, "beta": 0.5},
 }
 # What is learnt from the model's own samples: what a right answer contains is in the data.

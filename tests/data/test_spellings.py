@@ -5,6 +5,7 @@ import pytest
 from mlx_align.data.records import (
     ChatRecord,
     CompletionRecord,
+    JudgedPairRecord,
     LabelRecord,
     PairRecord,
     Unfit,
@@ -116,10 +117,7 @@ def test_columns_under_other_names():
 
 def test_pairs_unpaired_and_conversations_as_a_whole():
     pair = PairRecord("Hi", "Yes", "No", "f:1", weight=2.0)
-    assert pair.unpaired() == (
-        LabelRecord("Hi", "Yes", True, "f:1", weight=2.0),
-        LabelRecord("Hi", "No", False, "f:1", weight=2.0),
-    )
+    assert pair.unpaired() == JudgedPairRecord("Hi", "Yes", "No", "f:1", weight=2.0)
     assert pair.whole() is pair
     assert ChatRecord((USER, YES), "f:1").whole() == CompletionRecord((USER,), (YES,), "f:1")
     with pytest.raises(Unfit):
