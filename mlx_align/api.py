@@ -18,7 +18,7 @@ from mlx_align.rollout.sampler import Completion
 from mlx_align.settings import coerce, nearest, read_file, value_type
 from mlx_align.train.config import RunSettings, find_method, setting_names
 from mlx_align.train.loop import Events, Result, resume_settings, train
-from mlx_align.train.runlog import RUN
+from mlx_align.train.runlog import RUN, read_run
 
 # Settings that name something on disk or on the Hub.
 _PATHS = ("model", "data", "valid_data", "chat_template", "start", "reference")
@@ -89,15 +89,13 @@ def sweep(
         values = [coerce(known[name], v) for v in values]
         (fixed if len(values) == 1 else grid)[name] = values if len(values) > 1 else values[0]
     folder = Path(fixed.pop("output", None) or _default_folder(f"sweep-{method}")).expanduser()
-    fixed = _resolve(fixed, method)
-    for name in grid:
-        fixed.pop(name, None)
     tokens = METHODS[method].reads == "tokens"
     return run_sweep(
         method,
         grid,
-        fixed,
+        lambda values: _resolve({**fixed, **values}, method),
         folder,
+        train=_train,
         judge=compare if tokens else None,
         events=events,
         on_trial=on_trial,
@@ -139,7 +137,7 @@ def generate(
             raise ModelError(
                 f"{source}: has no adapter to compare with its base; name a reward model"
             )
-        judge = implicit_scorer(loaded, adapter)
+        judge = implicit_scorer(loaded, adapter, _start_of(source))
     else:
         from mlx_align.model.reward import open_reward_model
 
@@ -430,7 +428,7 @@ def _resolve_start(values: dict) -> dict:
     A run given as the model is the same as its base with the run as `start`.
     """
     from mlx_align.model.adapter import read_adapter_config, settings_of_adapter
-    from mlx_align.model.open import find_adapter
+    from mlx_align.model.open import find_adapter, find_template_file
 
     values = dict(values)
     if "start" not in values and find_adapter(values.get("model", DEMO)):
@@ -454,7 +452,40 @@ def _resolve_start(values: dict) -> dict:
     base = config.get("model")
     if base:
         values.setdefault("model", base)
+    template = find_template_file(folder)
+    if template is not None:
+        values.setdefault("chat_template", str(template.resolve()))
+    record = Path(values["start"]) / RUN
+    if record.is_file():
+        # It goes on reading prompts as it learnt to.
+        earlier = read_run(record.parent).get("settings", {})
+        kept = {name: earlier[name] for name in ("prompt_format", "thinking") if name in earlier}
+        values = {**kept, **values}
     return {**made, **values}
+
+
+def _start_of(source: str | Path) -> dict | None:
+    """The arrays that the reference of a run wears; None where it is the bare base.
+
+    Raises `ModelError` where the run was held to another model altogether.
+    """
+    import mlx.core as mx
+
+    from mlx_align.model.adapter import WEIGHTS
+    from mlx_align.model.open import find_adapter
+
+    folder = Path(source).expanduser()
+    if not (folder / RUN).is_file():
+        return None
+    settings = read_run(folder).get("settings", {})
+    if settings.get("reference", "start") not in ("start", "none"):
+        raise ModelError(
+            f"{source}: was held to {settings['reference']}, so its own reward is not that over its "
+            "base; name a reward model with --scorer"
+        )
+    if not settings.get("start"):
+        return None
+    return mx.load(str(find_adapter(settings["start"]) / WEIGHTS))
 
 
 def _absolute(name: str) -> str:

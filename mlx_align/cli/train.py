@@ -107,12 +107,29 @@ def _show_result(method: str, result) -> None:
             click.echo(f"{best} was at step {result.best_step}: {result.folder}/checkpoints/best")
     click.echo(f"\nrun folder: {result.folder}")
     if METHODS[method].reads == "rewards":
+        _show_accuracy(result)
         click.echo(f"  use it:   mlx-align score {result.folder} --data FILE")
         click.echo(f"  export:   mlx-align export {result.folder} --to hf")
         return
     click.echo(f"  try it:   mlx-align chat {result.folder}")
     click.echo(f"  compare:  mlx-align compare {result.folder}")
     click.echo(f"  export:   mlx-align export {result.folder} --to ollama")
+
+
+def _show_accuracy(result) -> None:
+    """How sure the accuracy on held-out pairs is."""
+    from mlx_align.data.agreement import wilson_share
+    from mlx_align.train.runlog import read_run
+
+    if not result.after:
+        return
+    record = read_run(result.folder)
+    count = min(record["valid_examples"], record["settings"]["eval_examples"])
+    share = wilson_share(round(result.after["accuracy"] * count), count)
+    click.echo(
+        f"  right on {share.share:.1%} of {count} held-out pairs (95 % interval {share.low:.1%} to "
+        f"{share.high:.1%})"
+    )
 
 
 class _StopOnInterrupt:

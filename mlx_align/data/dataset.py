@@ -293,12 +293,17 @@ def split_by_prompt(
 
     The split depends on the content and the seed alone, not on the order of the rows.
     """
-    prompts = sorted({e.prompt.tobytes() for e in examples})
+
+    def group(example):
+        # Plain text has no prompt; all texts begin alike.
+        return example.uid.encode() if example.whole else example.prompt.tobytes()
+
+    prompts = sorted({group(e) for e in examples})
     held = round(len(prompts) * share)
     if share > 0 and held == 0 and len(prompts) >= 2:
         held = 1
     order = np.random.default_rng([seed, 0x5EED]).permutation(len(prompts))
     chosen = {prompts[i] for i in order[:held]}
-    train = [e for e in examples if e.prompt.tobytes() not in chosen]
-    valid = [e for e in examples if e.prompt.tobytes() in chosen]
+    train = [e for e in examples if group(e) not in chosen]
+    valid = [e for e in examples if group(e) in chosen]
     return train, valid

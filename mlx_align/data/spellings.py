@@ -111,7 +111,7 @@ def rename(row, fields: Sequence[tuple[str, str]], origin: str):
     """
     if not fields or not isinstance(row, Mapping):
         return row
-    renamed = dict(row)
+    values = {}
     for name, source in fields:
         found, value = _lookup(row, source)
         left, minus, right = source.partition("-")
@@ -128,10 +128,9 @@ def rename(row, fields: Sequence[tuple[str, str]], origin: str):
             raise DataError(
                 f"{origin}: has no column {source!r} (--field {name}={source}); has {known}"
             )
-        if source in renamed and source != name:
-            del renamed[source]
-        renamed[name] = value
-    return renamed
+        values[name] = value
+    sources = {source for _, source in fields}
+    return {**{k: v for k, v in row.items() if k not in sources}, **values}
 
 
 def _lookup(row, path):

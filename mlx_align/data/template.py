@@ -52,7 +52,8 @@ class Example:
     tokens that count. `uid` is a hash of all of these: equal content, equal uid. `values` says how
     good each completion is, where the data knows (a label 1 or 0, a reward; of a pair only the
     difference counts, its margin), `weight` how much the example counts. A prompt that is yet to be
-    answered has no completions, and its data row in `row`.
+    answered has no completions, its data row in `row`, and what was asked, as text or messages, in
+    `asked`. `whole` marks plain text, whose prompt is nothing but its first token.
     """
 
     uid: str
@@ -63,6 +64,8 @@ class Example:
     values: tuple[float, ...] = ()
     weight: float = 1.0
     row: dict | None = None
+    asked: Text | None = None
+    whole: bool = False
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -304,7 +307,7 @@ class Encoder:
         if len(ids) > self.max_length:
             raise Unfit(f"prompt longer than the limit of {self.max_length} tokens")
         example = make_example(ids, (), (), record.origin, (), record.weight)
-        return dataclasses.replace(example, row=record.row)
+        return dataclasses.replace(example, row=record.row, asked=record.prompt)
 
     def _text(self, record):
         ids = self.prefix + self._ids(record.text)
@@ -312,7 +315,8 @@ class Encoder:
         if len(ids) < 2:
             raise Unfit("a text of one token")
         start = max(len(self.prefix), 1)
-        return self._limit(ids[:start], [ids[start:]], [None], record)
+        made = self._limit(ids[:start], [ids[start:]], [None], record)
+        return dataclasses.replace(made, whole=True)
 
     def _pair(self, record, completions, values=()):
         turns = self._as_turns(record.prompt)

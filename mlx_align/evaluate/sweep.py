@@ -13,13 +13,13 @@ from mlx_align.errors import SettingsError
 from mlx_align.evaluate.compare import Comparison
 from mlx_align.files import write_json
 from mlx_align.train.config import RunSettings, setting_names
-from mlx_align.train.loop import Events, train
+from mlx_align.train.loop import Events, Result
 from mlx_align.train.runlog import RUN, read_run
 
 SWEEP = "sweep.json"
 # What trials are ranked by, the first that a method has. Losses come last: those of another beta or
 # another loss are other quantities.
-RANKED_BY = ("rewards/accuracies", "accuracy", "mean_token_accuracy", "loss")
+RANKED_BY = ("reward", "rewards/accuracies", "accuracy", "mean_token_accuracy", "loss")
 # Of the table of changes, what breaks ties: the least harm to plain text.
 TIE = "texts/perplexity"
 # What a sweep may not vary: trials on other data cannot be compared.
@@ -88,16 +88,18 @@ class Sweep:
 def run_sweep(
     method: str,
     grid: Mapping[str, Sequence],
-    settings: Mapping,
+    resolve: Callable[[dict], dict],
     folder: Path,
     *,
+    train: Callable[..., Result],
     judge: Callable[[Path], Comparison] | None = None,
     events: Events | None = None,
     on_trial: Callable[[int, int, dict], None] = lambda number, count, values: None,
 ) -> Sweep:
     """Train one run for every combination of the grid, in folders of their own, and pick one.
 
-    `settings` are those that all share, by name; `judge` compares a finished run with its base.
+    `resolve` makes of a combination all settings of its run; `train` is the loop; `judge` compares a
+    finished run with its base.
     Raises `SettingsError` where the grid or the data leave nothing to compare.
     """
     check_grid(method, grid)
@@ -108,8 +110,9 @@ def run_sweep(
         values = dict(zip(names, combination, strict=True))
         on_trial(number, len(combinations), values)
         place = folder / "-".join(f"{name}={value}" for name, value in values.items())
-        run = RunSettings.from_flat(method, {**settings, **values, "output": str(place)}, "sweep")
-        after = _train(run, place, prepared, events)
+        settings = {**resolve(values), "output": str(place)}
+        run = RunSettings.from_flat(method, settings, "sweep")
+        after = _train(train, run, place, prepared, events)
         if not after:
             raise SettingsError("a sweep needs held-out data to judge by; see --valid-share")
         trials.append(Trial(values, place, after, judge(place) if judge else None))
@@ -118,7 +121,7 @@ def run_sweep(
     return sweep
 
 
-def _train(run: RunSettings, place: Path, prepared: dict, events) -> dict:
+def _train(train, run: RunSettings, place: Path, prepared: dict, events) -> dict:
     """The held-out metrics of a trial: of the run that is there, or of one made now."""
     resume = (place / RUN).exists()
     if resume:

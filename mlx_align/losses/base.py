@@ -14,6 +14,7 @@ from typing import ClassVar, NamedTuple
 
 import mlx.core as mx
 
+from mlx_align.errors import SettingsError
 from mlx_align.settings import Settings, setting
 
 
@@ -210,10 +211,18 @@ class Method(Settings):
         """What to warn of before training; `values` are those of all training completions."""
         return []
 
-    def couple(self, parts: Sequence[Scores], state: dict) -> tuple[list, dict]:
+    @property
+    def coupling(self) -> str | None:
+        """`coupled`, as the settings have it."""
+        return self.coupled
+
+    def couple(
+        self, parts: Sequence[Scores], state: dict, training: bool = True
+    ) -> tuple[list, dict]:
         """What each part's loss is given of the whole step, and the run's state after it.
 
         `state` holds plain JSON numbers that are saved with the checkpoints; it is empty at first.
+        Without `training` the parts are held-out data, from which nothing is learnt.
         """
         return [None] * len(parts), state
 
@@ -239,6 +248,14 @@ class Referenced(Method):
         above=0,
         maximum=1,
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.sync_every and self.reference != "start":
+            raise SettingsError(
+                "sync_every: only the reference that training starts from can follow the policy; leave "
+                "out --reference"
+            )
 
     @property
     def uses_reference(self) -> bool:

@@ -92,7 +92,11 @@ class KTO(LabelMethod):
             + ", not both"
         ]
 
-    def couple(self, parts, state):
+    @property
+    def coupling(self) -> str | None:
+        return self.coupled if self.kl else None
+
+    def couple(self, parts, state, training=True):
         if not self.kl or not parts:
             return [mx.array(0.0)], state
         ratios = mx.concatenate([part.logp - part.ref_logp for part in parts])
@@ -126,7 +130,9 @@ class BCO(LabelMethod):
 
     coupled: ClassVar[str | None] = "batch"
 
-    def couple(self, parts, state):
+    def couple(self, parts, state, training=True):
+        if not training:
+            return [state.get("total", 0.0) / max(state.get("count", 0), 1)] * len(parts), state
         rewards = mx.concatenate([self.beta * (part.logp - part.ref_logp) for part in parts])
         count = state.get("count", 0) + rewards.size
         total = state.get("total", 0.0) + rewards.sum().item()

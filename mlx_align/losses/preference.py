@@ -537,7 +537,7 @@ class Transport(ReferencePairs):
         """The two sides whose sorted values are compared, for all pairs of the step."""
         raise NotImplementedError
 
-    def couple(self, parts, state):
+    def couple(self, parts, state, training=True):
         every = [self.likelihood_pairs(part) for part in parts]
         whole = Pairs(*(mx.concatenate(column) for column in zip(*every, strict=True)))
         upper, lower = self.matched(whole)

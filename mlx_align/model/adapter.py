@@ -151,6 +151,13 @@ class Adapter:
         """The trained arrays by name."""
         return dict(tree_flatten(self.parameters()))
 
+    def identity(self) -> dict[str, mx.array]:
+        """All that makes the adapter what it is: its arrays, and the factor on them."""
+        scale = next(
+            (layer.scale for _, _, layer, _ in self.layers if hasattr(layer, "scale")), 1.0
+        )
+        return {**self.weights(), "scale": mx.array(float(scale))}
+
     def load(self, weights: dict[str, mx.array], source: str) -> None:
         """Put on saved arrays. Raises `ModelError` that lists everything that does not fit."""
         own = self.weights()

@@ -1,5 +1,6 @@
 """Opening what a user names: a run folder, an adapter folder, a model folder, or a Hub id."""
 
+import json
 import logging
 from pathlib import Path
 
@@ -30,22 +31,32 @@ def open_model(
         raise ModelError(
             f"{folder}: its {CONFIG} does not name the base model; give it with --model"
         )
-    own = [parent / TEMPLATE for parent in (folder, folder.parent.parent)]
-    template = next((str(file) for file in own if file.is_file()), None)
-    loaded = load_model(base, dtype, template)
+    template = find_template_file(folder)
+    loaded = load_model(base, dtype, None if template is None else str(template))
     if read_adapter_config(folder).get("head") == "reward":
         attach_reward_head(loaded.model, loaded.head)
     return loaded, load_adapter(loaded.model, folder)
 
 
+def find_template_file(folder: Path) -> Path | None:
+    """The chat template that the run of an adapter was given, if it was given one."""
+    own = [parent / TEMPLATE for parent in (folder, folder.parent.parent)]
+    return next((file for file in own if file.is_file()), None)
+
+
 def find_adapter(source: str | Path) -> Path | None:
     """The adapter folder that a run or adapter folder stands for; None for anything else."""
     folder = Path(source).expanduser()
-    if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
-        return folder
-    if not (folder / "run.json").is_file():
-        return None
+    complete = (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
+    record = folder / "run.json"
+    if not record.is_file():
+        return folder if complete else None
     checkpoints = sorted((folder / "checkpoints").glob("step-*"))
+    # What an unfinished run has in its folder is from when it was stopped, perhaps long before.
+    if complete and (
+        json.loads(record.read_text(encoding="utf-8")).get("finished") or not checkpoints
+    ):
+        return folder
     if not checkpoints:
         raise ModelError(f"{folder}: this run has no checkpoint yet; go on with it by --resume")
     log.warning("%s is not finished; its checkpoint %s is used", folder, checkpoints[-1].name)

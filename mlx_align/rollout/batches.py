@@ -7,6 +7,7 @@ trained on, so the first ratio is exactly 1. What a step samples is a function o
 the policy: a resumed run samples again what the interrupted one had sampled.
 """
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -31,6 +32,8 @@ from mlx_align.rollout.rewards import Request, Scored, check_columns, combine, p
 from mlx_align.rollout.roles import CriticRole, SharedRewardModel, open_shared
 from mlx_align.train.source import Ground, Update, Work, open_reference
 from mlx_align.train.step import Part, Whole, mean_length
+
+log = logging.getLogger("mlx_align")
 
 # Tries of dynamic sampling before a step goes on with what it has.
 TRIES = 3
@@ -97,6 +100,8 @@ class OnlineSource:
         )
         examples = [*ground.dataset.train, *ground.dataset.valid]
         check_columns(self._rewards, [e.row for e in examples])
+        if any(e.weight != 1 for e in examples):
+            log.warning("the data has weights, which methods that sample do not use")
         self._reference = None
         if method.uses_reference:
             if method.reference != "start":
@@ -204,7 +209,7 @@ class OnlineSource:
             [decode(s.ids.tolist(), skip_special_tokens=True) for s in group] for group in groups
         ]
         requests = [
-            Request(_asked(e), text, e.row, s.finished, len(s.ids), e.origin)
+            Request(e.asked, text, e.row, s.finished, len(s.ids), e.origin)
             for e, group, said in zip(prompts, groups, texts, strict=True)
             for s, text in zip(group, said, strict=True)
         ]
@@ -296,9 +301,10 @@ class OnlineSource:
             case "leave-one-out":
                 values = leave_one_out(reward)
             case "return" | "gae":
-                spread = self._along_tokens(
-                    rollout, examples, np.nan_to_num(reward), kl, value, found
-                )
+                # What no reward applies to is taken for average: it is neither pushed nor pulled.
+                average = float(np.nanmean(reward)) if np.isfinite(reward).any() else 0.0
+                filled = np.where(np.isnan(reward), average, reward)
+                spread = self._along_tokens(rollout, examples, filled, kl, value, found)
                 return spread, float(sums.mean())
         spread = {
             e.uid: np.repeat(values[i], [int(m.sum()) for m in e.scored])
@@ -390,7 +396,7 @@ class OnlineSource:
                 reward = rollout.reward[i, k]
                 rows.append(
                     {
-                        "prompt": _asked(prompt),
+                        "prompt": prompt.asked,
                         "completion": rollout.texts[i][k],
                         "reward": None if np.isnan(reward) else float(reward),
                         "finished": rollout.groups[i][k].finished,
@@ -398,11 +404,6 @@ class OnlineSource:
                     }
                 )
         return rows
-
-
-def _asked(prompt: Example):
-    """The prompt as the data has it, text or messages."""
-    return prompt.row.get("prompt") or prompt.row.get("messages") or ""
 
 
 def _by_example(pack: Batch, values: np.ndarray) -> dict[str, np.ndarray]:

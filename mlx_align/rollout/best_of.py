@@ -50,8 +50,11 @@ def best_of(
     return ranked
 
 
-def implicit_scorer(loaded: LoadedModel, adapter: Adapter) -> Scorer:
-    """log pi - log pi_ref of what was sampled, with the adapter off as the reference."""
+def implicit_scorer(loaded: LoadedModel, adapter: Adapter, start: dict | None = None) -> Scorer:
+    """log pi - log pi_ref of what was sampled.
+
+    The reference is the model with the adapter off, or wearing the arrays `start`.
+    """
     choose_layout(loaded)
     end = _end(loaded)
 
@@ -61,7 +64,7 @@ def implicit_scorer(loaded: LoadedModel, adapter: Adapter) -> Scorer:
             for completion in completions:
                 ids = [*completion.ids, *([end] if completion.finished else [])]
                 examples.append(make_example(prompt, [ids], [np.ones(len(ids), bool)], "sample"))
-        with adapter.off():
+        with adapter.off() if start is None else adapter.wearing(start):
             reference = _sums(loaded, examples)
         policy = _sums(loaded, examples)
         ratios = iter([policy[e.uid] - reference[e.uid] for e in examples])

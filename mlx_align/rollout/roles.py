@@ -20,7 +20,7 @@ from mlx_align.model.adapter import (
 )
 from mlx_align.model.forward import values
 from mlx_align.model.heads import attach_reward_head
-from mlx_align.model.open import find_adapter
+from mlx_align.model.open import find_adapter, find_template_file
 from mlx_align.model.reward import RewardModel, open_reward_model
 from mlx_align.train.optimizer import Optimizer
 from mlx_align.train.source import Ground, Learner
@@ -59,10 +59,16 @@ def open_shared(ground: Ground, source: str) -> SharedRewardModel | RewardModel:
     folder = find_adapter(source)
     config = {} if folder is None else read_adapter_config(folder)
     same = config.get("head") == "reward" and config.get("model") == ground.settings.model.model
+    template = find_template_file(folder) if same else None
+    if template is not None:
+        own = ground.loaded.template
+        same = own is not None and template.read_text(encoding="utf-8") == own.source
     if same and config.get("fine_tune_type") != "full" and ground.adapter.kind != "full":
         return SharedRewardModel(ground, folder)
     model = open_reward_model(source)
-    log.info("the reward model %s is another base than the policy's, so both are in memory", source)
+    log.info(
+        "the reward model %s has another base or template, so two models are in memory", source
+    )
     return model
 
 
@@ -102,6 +108,7 @@ class CriticRole:
     def values(self, batch) -> np.ndarray:
         """The values of a batch's table, float32[M]."""
         with self._ground.adapter.replaced_by(self.adapter):
+            self._ground.loaded.model.eval()
             return np.array(values(self._ground.loaded, batch))
 
     # -- what a checkpoint keeps

@@ -317,6 +317,7 @@ def _loop(run: _Run, record: dict, should_stop) -> Result:
                 totals, norms = totals.add(here), [*norms, norm]
                 continue
             with adapter.replaced_by(learner.adapter):
+                loaded.model.train()
                 here, _ = train_step(
                     loaded,
                     learner.adapter,

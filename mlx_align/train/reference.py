@@ -65,7 +65,11 @@ def reference_description(loaded: LoadedModel, worn: dict | None = None) -> dict
 
     `worn` are the adapter's arrays where the reference wears one.
     """
-    adapter = {} if worn is None else {"adapter": _digest(*(np.asarray(v) for v in worn.values()))}
+    adapter = (
+        {}
+        if worn is None
+        else {"adapter": _digest(*(np.asarray(v.astype(mx.float32)) for v in worn.values()))}
+    )
     return {
         **adapter,
         "model": model_fingerprint(loaded),

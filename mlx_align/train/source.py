@@ -102,7 +102,7 @@ class Offline:
         settings, method = ground.settings, ground.settings.method
         seen = [*ground.stream.seen(ground.total), *ground.held_out]
         self._partners: dict[str, Example] = {}
-        if method.coupled == "mismatched":
+        if method.coupling == "mismatched":
             for examples in (ground.dataset.train, ground.dataset.valid):
                 self._partners |= mismatched(
                     examples, settings.data.max_length, settings.train.seed
@@ -121,7 +121,7 @@ class Offline:
     def work(self, step: int, state: dict) -> Work:
         """The batch of the step."""
         examples = self._ground.stream.batch(step)
-        parts, whole, state = self._gather(examples, state)
+        parts, whole, state = self._gather(examples, state, training=True)
         tokens = sum(part.batch.real_tokens for part in parts)
         return Work([Update(parts, whole)], state, tokens)
 
@@ -130,8 +130,7 @@ class Offline:
         ground = self._ground
         if not ground.held_out:
             return {}
-        # What a method keeps from step to step stays as it is.
-        parts, whole, _ = self._gather(ground.held_out, dict(state))
+        parts, whole, _ = self._gather(ground.held_out, state, training=False)
         return evaluate(ground.loaded, ground.settings.method, parts, whole).means()
 
     def after(self, step: int) -> None:
@@ -144,13 +143,18 @@ class Offline:
         method = self._ground.settings.method
         return {"reward": self._reward_statistics()} if method.reads == "rewards" else {}
 
-    def _gather(self, examples, state) -> tuple[list[Part], Whole, dict]:
+    def _gather(self, examples, state, training) -> tuple[list[Part], Whole, dict]:
         ground = self._ground
         ground.loaded.model.eval()
         parts = self._parts(examples)
         others = [self._partners[e.uid] for e in examples if e.uid in self._partners]
         whole, state = survey(
-            ground.loaded, ground.settings.method, parts, self._parts(others), state
+            ground.loaded,
+            ground.settings.method,
+            parts,
+            self._parts(others),
+            state,
+            training=training,
         )
         return parts, whole, state
 
@@ -189,11 +193,11 @@ def _reference(ground: Ground, examples) -> LogProbs:
 
     if name != "start":
         other, worn = open_reference(ground)
-        arrays = None if worn is None else worn.weights()
+        arrays = None if worn is None else worn.identity()
         return reference_log_probs(other, None, examples, pack_length, on_progress, arrays)
     loaded.model.eval()
     if settings.adapter.start:
-        worn = adapter.weights()
+        worn = adapter.identity()
         return reference_log_probs(loaded, None, examples, pack_length, on_progress, worn)
     return reference_log_probs(loaded, adapter, examples, pack_length, on_progress)
 

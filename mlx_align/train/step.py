@@ -136,6 +136,8 @@ def survey(
     parts: Sequence[Part],
     mismatched: Sequence[Part] = (),
     state: dict | None = None,
+    *,
+    training: bool = True,
 ) -> tuple[Whole, dict]:
     """What the parts of a step need to know of the whole, and the method's state after the step.
 
@@ -143,15 +145,15 @@ def survey(
     """
     examples = [e for part in parts for e in part.batch.examples]
     length, state = mean_length(examples, method.scores_prompts), state or {}
-    if method.coupled is None:
+    if method.coupling is None:
         return Whole(length, [None] * len(parts)), state
     seen = []
-    for part in mismatched if method.coupled == "mismatched" else parts:
+    for part in mismatched if method.coupling == "mismatched" else parts:
         scores = score_batch(loaded, method, part)
         mx.eval([x for x in scores if isinstance(x, mx.array)])
         seen.append(scores)
-    contexts, state = method.couple(seen, state)
-    if method.coupled == "mismatched":
+    contexts, state = method.couple(seen, state, training)
+    if method.coupling == "mismatched":
         contexts = contexts * len(parts)
     return Whole(length, contexts), state
 

@@ -122,3 +122,9 @@ def test_pairs_unpaired_and_conversations_as_a_whole():
     assert ChatRecord((USER, YES), "f:1").whole() == CompletionRecord((USER,), (YES,), "f:1")
     with pytest.raises(Unfit):
         ChatRecord((USER,), "f:1").whole()
+
+
+def test_names_can_be_swapped():
+    fields = parse_fields(("chosen=rejected", "rejected=chosen"))
+    row = {"prompt": "Hi", "chosen": "No", "rejected": "Yes"}
+    assert rename(row, fields, "f:1") == {"prompt": "Hi", "chosen": "Yes", "rejected": "No"}

@@ -444,4 +444,4 @@ def test_dft_weights_tokens_by_their_probability_without_a_gradient_through_it()
 def test_methods_explain_themselves(name):
     method = METHODS[name]
     assert method.__doc__ and "loss =" in method.__doc__.replace("the loss =", "loss =")
-    assert method.source and method.data in ("pairs", "labels", "completions")
+    assert method.source and method.data in ("pairs", "labels", "completions", "prompts")

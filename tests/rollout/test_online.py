@@ -310,3 +310,37 @@ def test_a_reward_is_needed_and_one_that_fits(job):
 def test_the_reward_climbs_on_the_demo(tmp_path):
     run = api.train_model("grpo", output=tmp_path / "run", steps=16)
     assert run.before["reward"] < 0.7 and run.after["reward"] > 0.85
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "Say it", "input": ""},
+        {"conversations": [{"from": "human", "value": "Say it"}, {"from": "gpt", "value": "gold"}]},
+        {
+            "messages": [
+                {"role": "user", "content": "Say it"},
+                {"role": "assistant", "content": "gold"},
+            ]
+        },
+        {"prompt": "Say it", "chosen": "gold", "rejected": "tin"},
+    ],
+)
+def test_rewards_see_what_the_policy_was_asked(job, tmp_path, row):
+    data, seen = tmp_path / "rows.jsonl", tmp_path / "seen.txt"
+    data.write_text((json.dumps(row) + "\n") * 3)
+    judge = tmp_path / "spy.py"
+    judge.write_text(
+        "def spy(prompt, completion):\n"
+        f"    open({str(seen)!r}, 'a').write(repr(prompt) + '\\n')\n    return 1.0 * len(completion)\n"
+    )
+    api.train_model(
+        "grpo", **job("run", data=str(data), reward=(f"{judge}:spy",), steps=1, valid_share=0.0)
+    )
+    for line in seen.read_text().splitlines():
+        assert "Say it" in line and "gold" not in line
+
+
+def test_online_methods_can_be_swept(job, tmp_path):
+    sweep = api.sweep("grpo", **job("sweep", learning_rate=[1e-3, 1e-2], steps=1))
+    assert sweep.metric == "reward" and len(sweep.trials) == 2

@@ -11,6 +11,7 @@ from train.test_loop import adapter, rows, same_bits, write_pairs
 from mlx_align import api
 from mlx_align.errors import DataError, ModelError, SettingsError
 from mlx_align.losses import METHODS
+from mlx_align.train.loop import Events
 
 PREFERENCE = [n for n, m in METHODS.items() if m.data != "completions" and n != "rpo-gap"]
 
@@ -253,3 +254,65 @@ def test_a_moving_reference_is_the_mixture_of_weights(loaded_model):
     again = MovingReference(loaded, adapter, every=2, weight=0.6)
     again.load(moving.state())
     assert np.array_equal(again.log_probs(batch), ours)
+
+
+def test_a_reference_that_follows_starts_where_training_starts(job):
+    with pytest.raises(SettingsError, match="leave out --reference"):
+        api.train_model("dpo", **job("run", reference="some/model", sync_every=2))
+
+
+def test_held_out_data_does_not_move_bcos_mean():
+    from losses.test_losses import labelled
+
+    method = METHODS["bco"](beta=0.1)
+    (context,), state = method.couple([labelled()], {"total": 3.0, "count": 10}, False)
+    assert context == pytest.approx(0.3) and state == {"total": 3.0, "count": 10}
+    assert method.couple([labelled()], {}, False)[0] == [0.0]
+
+
+def test_kto_without_kl_needs_no_other_completions(job, tmp_path, monkeypatch):
+    asked = []
+
+    class Count(Events):
+        def on_progress(self, what, done, total):
+            asked.append(total)
+
+    monkeypatch.setenv("MLX_ALIGN_CACHE", str(tmp_path / "cache"))
+    api.train_model("kto", **job("run", unpair=True, kl=False, steps=1), events=Count())
+    without = asked[-1]
+    monkeypatch.setenv("MLX_ALIGN_CACHE", str(tmp_path / "other"))
+    api.train_model("kto", **job("with", unpair=True, steps=1), events=Count())
+    assert asked[-1] == 2 * without
+
+
+def test_plain_texts_are_held_out_one_by_one(job, tmp_path):
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text(
+        "".join(json.dumps({"text": f"### {i} bread and salt"}) + "\n" for i in range(40))
+    )
+    run = api.train_model("sft", **job("run", data=str(texts), valid_share=0.25, steps=1))
+    record = json.loads((run.folder / "run.json").read_text())
+    assert (record["train_examples"], record["valid_examples"]) == (30, 10)
+
+
+def test_an_unfinished_run_is_its_newest_checkpoint(job, tmp_path):
+    from mlx_align.model.open import find_adapter
+
+    count = []
+    run = api.train_model(
+        "dpo", **job("run"), should_stop=lambda: count.append(1) or len(count) == 2
+    ).folder
+    assert find_adapter(run) == run / "checkpoints" / "step-000002"
+    api.train_model("dpo", resume=run)
+    assert find_adapter(run) == run
+
+
+def test_a_run_goes_on_with_the_template_it_began_with(job, tmp_path):
+    template = tmp_path / "my.jinja"
+    template.write_text(
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
+    )
+    first = api.train_model("dpo", **job("first", chat_template=str(template), steps=1)).folder
+    second = api.train_model("dpo", **job("second", model=str(first), steps=1)).folder
+    settings = json.loads((second / "run.json").read_text())["settings"]
+    assert settings["chat_template"] == str(first / "chat_template.jinja")
