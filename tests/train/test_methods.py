@@ -13,7 +13,7 @@ from mlx_align.errors import DataError, ModelError, SettingsError
 from mlx_align.losses import METHODS
 from mlx_align.train.loop import Events
 
-PREFERENCE = [n for n, m in METHODS.items() if m.data != "completions" and n != "rpo-gap"]
+PREFERENCE = [n for n, m in METHODS.items() if m.data in ("pairs", "labels") and n != "rpo-gap"]
 
 
 @pytest.fixture
