@@ -136,6 +136,13 @@ class Clipped(Online):
         free = ratio if self.delta is None else mx.minimum(ratio, self.delta)
         return -mx.minimum(free * advantage, mx.clip(ratio, 1 - low, 1 + high) * advantage)
 
+    def __call__(self, scores: Scores, context=None) -> Loss:
+        """The clipped loss, the mean over tokens; what PPO and REINFORCE++ have."""
+        ratio = mx.exp(scores.token - scores.old_token)
+        losses = self.clipped(ratio, scores.advantage) * scores.weight
+        metrics = self.policy_metrics(scores, ratio, *self.bounds)
+        return Loss(losses.sum(), scores.weight.sum(), metrics)
+
 
 def by_completion(values: mx.array, scores: Scores) -> mx.array:
     """The sum of a token's values over each completion, float32[N]."""
@@ -264,12 +271,6 @@ class ReinforcePlusPlus(Clipped):
     advantage: ClassVar[str] = "return"
     kl_in: ClassVar[str] = "reward"
 
-    def __call__(self, scores: Scores, context=None) -> Loss:
-        ratio = mx.exp(scores.token - scores.old_token)
-        losses = self.clipped(ratio, scores.advantage) * scores.weight
-        metrics = self.policy_metrics(scores, ratio, *self.bounds)
-        return Loss(losses.sum(), scores.weight.sum(), metrics)
-
 
 @method(
     "ppo",
@@ -314,12 +315,6 @@ class PPO(Clipped):
 
     advantage: ClassVar[str] = "gae"
     kl_in: ClassVar[str] = "reward"
-
-    def __call__(self, scores: Scores, context=None) -> Loss:
-        ratio = mx.exp(scores.token - scores.old_token)
-        losses = self.clipped(ratio, scores.advantage) * scores.weight
-        metrics = self.policy_metrics(scores, ratio, *self.bounds)
-        return Loss(losses.sum(), scores.weight.sum(), metrics)
 
 
 @dataclass(frozen=True)
