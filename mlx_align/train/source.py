@@ -174,10 +174,11 @@ class Offline:
         return [Part(pack, join_reference(pack, self._reference)) for pack in packs]
 
     def _reward_statistics(self) -> dict:
-        """Mean and standard deviation of the reward over all training completions."""
+        """Mean and standard deviation of the reward over the completions that were trained on."""
         ground = self._ground
         ground.loaded.model.eval()
-        packs = make_batches(ground.loaded, ground.dataset.train, ground.settings.train.pack_length)
+        seen = ground.stream.seen(ground.total)
+        packs = make_batches(ground.loaded, seen, ground.settings.train.pack_length)
         scores = np.concatenate([np.array(rewards(ground.loaded, pack)) for pack in packs])
         scores = scores.astype(np.float64)
         return {"mean": float(scores.mean()), "std": float(scores.std())}
