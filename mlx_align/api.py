@@ -341,7 +341,6 @@ def check_data(
     from mlx_align.data.jsonl import find_files
     from mlx_align.data.spellings import parse_fields
     from mlx_align.data.template import Encoder
-    from mlx_align.losses import METHODS
     from mlx_align.model.load import load_tokenizer
 
     chosen = DataSettings(data=str(source), **settings)
@@ -412,13 +411,8 @@ def _resolve(values: dict, method: str) -> dict:
     values = {**values, **{n: _absolute(values[n]) for n in _PATHS if values.get(n)}}
     values = _resolve_start(values)
     if values.get("model", DEMO) == DEMO:
-        made = demo.settings(method, find_method(method).data)
-        if values.get("data", DEMO) != DEMO:
-            # What the demo's data is rewarded by says nothing of other data.
-            made = {
-                name: value for name, value in made.items() if name in ("learning_rate", "beta")
-            }
-        values = {**made, **values}
+        own_data = values.get("data", DEMO) == DEMO
+        values = {**demo.settings(method, find_method(method).data, own_data), **values}
     return values
 
 

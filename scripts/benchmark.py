@@ -362,14 +362,13 @@ class Ours:
 
     def _parts(self, examples, log_probs):
         from mlx_align.model.forward import make_batches
-        from mlx_align.train.reference import join_reference
         from mlx_align.train.step import Part
 
         prompts = self.method.scores_prompts
         packs = make_batches(self.loaded, examples, self.pack_length, prompts=prompts)
         if not self.method.uses_reference:
             return [Part(pack) for pack in packs]
-        return [Part(pack, join_reference(pack, log_probs)) for pack in packs]
+        return [Part(pack, pack.join(log_probs)) for pack in packs]
 
     def _work(self, parts) -> int:
         # A reward is one product; nothing goes through the vocabulary head.

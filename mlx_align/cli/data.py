@@ -7,7 +7,13 @@ from pathlib import Path
 import click
 
 from mlx_align.cli.console import open_console
-from mlx_align.cli.options import Comma, SettingOption, SettingsCommand, given, settings_options
+from mlx_align.cli.options import (
+    Comma,
+    SettingsCommand,
+    given,
+    option,
+    settings_options,
+)
 from mlx_align.data.dataset import DataSettings
 from mlx_align.demo import DEMO
 
@@ -23,10 +29,6 @@ def commands() -> list[click.Command]:
     group = click.Group("data", help="Look at data before training on it.")
     group.add_command(_check())
     return [group]
-
-
-def _option(*flags, **kwargs):
-    return SettingOption(flags, heading="Options", **kwargs)
 
 
 def _check() -> click.Command:
@@ -48,20 +50,20 @@ def _check() -> click.Command:
         callback=run,
         params=[
             click.Argument(["source"], metavar="FILE_OR_FOLDER_OR_HUB", default=DEMO),
-            _option(
+            option(
                 "--model",
                 help="Model folder or Hub id whose tokenizer and chat template are used; its weights "
                 f"are not needed.  [default: {DEMO}]",
             ),
-            _option(
+            option(
                 "--annotators",
                 type=Comma(),
                 help="Columns with the labels of several annotators, where their names do not tell.",
             ),
-            _option(
+            option(
                 "--examples", type=click.IntRange(min=0), help="Examples to render.  [default: 1]"
             ),
-            _option("--output", help="JSON file to write the report to."),
+            option("--output", help="JSON file to write the report to."),
             *(o for o in settings_options(DataSettings, "As in training") if o.name in _SETTINGS),
         ],
         help="What kind of data this is, which rows will not work and why, how an example looks to the "

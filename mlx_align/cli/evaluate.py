@@ -5,7 +5,16 @@ from pathlib import Path
 import click
 
 from mlx_align.cli.console import Console, open_console, table
-from mlx_align.cli.options import Comma, SettingOption, SettingsCommand, given, settings_options
+from mlx_align.cli.options import (
+    Comma,
+    SettingsCommand,
+    base_option,
+    dtype_option,
+    given,
+    option,
+    prompt_format_option,
+    settings_options,
+)
 from mlx_align.cli.use import read_prompts
 from mlx_align.errors import SettingsError
 from mlx_align.rollout.sampler import SamplingSettings
@@ -22,46 +31,32 @@ def commands() -> list[click.Command]:
     return [_evaluate(), _compare()]
 
 
-def _option(*flags, **kwargs):
-    return SettingOption(flags, heading="Options", **kwargs)
-
-
 def _options() -> list[click.Option]:
     """What both commands take."""
     return [
-        _option(
+        option(
             "--data",
             multiple=True,
             help="File, folder or Hub data set to measure on; may be given several times. Its rows say "
             "what it is: preference pairs, requests (harmful or not, XSTest), questions with an answer "
             "(GSM8K's too) or choices, texts, prompts.",
         ),
-        _option(
+        option(
             "--own-sets/--no-own-sets",
             default=True,
             help="Add a run's held-out rows, and the small sets that come along for what --data has "
             "none of.",
         ),
-        _option("--limit", type=click.IntRange(min=1), help="Most cases of a set, spread over it."),
-        _option("--output", help="JSON file for all numbers and answers. Default: in the run folder."),
-        _option("--judge", help="Model that judges answers, asked in both orders; ties are kept."),
-        _option("--reward", help="Run of a reward model that scores answers."),
-        _option("--tasks", type=Comma(), help="Tasks of lm-evaluation-harness, where it is installed."),
-        _option("--beta", type=float, help="Scale of the implicit reward. Default: the run's, or 0.1."),
-        _option("--model", help="Base model of an adapter that does not name it."),
-        _option(
-            "--dtype",
-            type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
-            default="auto",
-            help="Type to compute in.",
-        ),
-        _option(
-            "--prompt-format",
-            type=click.Choice(["auto", "chat", "text"]),
-            default="auto",
-            help="Whether a prompt is a user's turn or text to go on with.",
-        ),
-        _option(
+        option("--limit", type=click.IntRange(min=1), help="Most cases of a set, spread over it."),
+        option("--output", help="JSON file for all numbers and answers. Default: in the run folder."),
+        option("--judge", help="Model that judges answers, asked in both orders; ties are kept."),
+        option("--reward", help="Run of a reward model that scores answers."),
+        option("--tasks", type=Comma(), help="Tasks of lm-evaluation-harness, where it is installed."),
+        option("--beta", type=float, help="Scale of the implicit reward. Default: the run's, or 0.1."),
+        base_option(),
+        dtype_option(),
+        prompt_format_option(),
+        option(
             "--thinking/--no-thinking",
             default=None,
             help="Let models that can think do so before they answer. Default: their template's own.",
@@ -169,8 +164,8 @@ def _compare() -> click.Command:
         params=[
             click.Argument(["before"], metavar="RUN_OR_BEFORE"),
             click.Argument(["after"], metavar="[AFTER]", required=False),
-            _option("--prompt", "-p", help="One prompt: show both answers, measure nothing."),
-            _option("--prompts", help="File of prompts (.txt or .jsonl): the same."),
+            option("--prompt", "-p", help="One prompt: show both answers, measure nothing."),
+            option("--prompts", help="File of prompts (.txt or .jsonl): the same."),
             *_options(),
         ],
         help="A run's base and the run side by side, or any two models, adapters and runs: the numbers "

@@ -3,7 +3,11 @@
 import click
 
 from mlx_align.cli.console import open_console
-from mlx_align.cli.options import SettingOption, SettingsCommand
+from mlx_align.cli.options import (
+    SettingsCommand,
+    base_option,
+    option,
+)
 
 TARGETS = ("mlx", "hf", "gguf", "ollama")
 
@@ -29,9 +33,6 @@ def _export() -> click.Command:
         )
         click.echo(f"written: {path}")
 
-    def option(*flags, **kwargs):
-        return SettingOption(flags, heading="Options", **kwargs)
-
     return SettingsCommand(
         "export",
         callback=run,
@@ -56,7 +57,7 @@ def _export() -> click.Command:
                 help="Type of the weights in mlx and hf folders. Default: as the base stores them.",
             ),
             option("--name", help="Name of the model in Ollama. Default: the run folder's name."),
-            option("--model", help="Base model of an adapter that does not name it."),
+            base_option(),
         ],
         help="Merge the adapter into the model and write it for other programs.",
     )

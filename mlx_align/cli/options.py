@@ -45,6 +45,36 @@ class SettingsCommand(click.Command):
                 formatter.write_dl(records)
 
 
+def option(*flags: str, **kwargs) -> SettingOption:
+    """An option of a command's own, listed under "Options"."""
+    return SettingOption(flags, heading="Options", **kwargs)
+
+
+def base_option() -> SettingOption:
+    """Of every command that opens an adapter."""
+    return option("--model", help="Base model of an adapter that does not name it.")
+
+
+def dtype_option() -> SettingOption:
+    """Of every command that runs a model."""
+    return option(
+        "--dtype",
+        type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
+        default="auto",
+        help="Type to compute in.",
+    )
+
+
+def prompt_format_option() -> SettingOption:
+    """Of every command that takes prompts as text."""
+    return option(
+        "--prompt-format",
+        type=click.Choice(["auto", "chat", "text"]),
+        default="auto",
+        help="Whether a prompt is a user's turn or text to go on with.",
+    )
+
+
 def settings_options(cls: type, heading: str) -> list[click.Option]:
     """One option for every field of a settings class."""
     return [_option(f, heading) for f in dataclasses.fields(cls) if not f.metadata["hidden"]]

@@ -7,7 +7,16 @@ from pathlib import Path
 import click
 
 from mlx_align.cli.console import open_console
-from mlx_align.cli.options import Comma, SettingOption, SettingsCommand, given, settings_options
+from mlx_align.cli.options import (
+    Comma,
+    SettingsCommand,
+    base_option,
+    dtype_option,
+    given,
+    option,
+    prompt_format_option,
+    settings_options,
+)
 from mlx_align.data.agreement import wilson_share
 from mlx_align.errors import ModelError, SettingsError
 from mlx_align.files import write_atomically
@@ -17,18 +26,6 @@ from mlx_align.rollout.sampler import SamplingSettings
 def commands() -> list[click.Command]:
     """The commands of this file."""
     return [_chat(), _generate(), _score(), _verifiers()]
-
-
-def _option(*flags, **kwargs):
-    return SettingOption(flags, heading="Options", **kwargs)
-
-
-_BASE = {"help": "Base model of an adapter that does not name it."}
-_DTYPE = {
-    "type": click.Choice(["auto", "float32", "float16", "bfloat16"]),
-    "default": "auto",
-    "help": "Type to compute in.",
-}
 
 
 def _sampling(values) -> SamplingSettings:
@@ -79,9 +76,9 @@ def _chat() -> click.Command:
         callback=run,
         params=[
             click.Argument(["source"], metavar="RUN_OR_MODEL"),
-            _option("--system", help="System prompt."),
-            _option("--model", **_BASE),
-            _option("--dtype", **_DTYPE),
+            option("--system", help="System prompt."),
+            base_option(),
+            dtype_option(),
             *settings_options(SamplingSettings, "Sampling"),
         ],
         help="Talk to a run, an adapter, or a model.",
@@ -116,33 +113,28 @@ def _generate() -> click.Command:
         callback=run,
         params=[
             click.Argument(["source"], metavar="RUN_OR_MODEL"),
-            _option("--prompt", "-p", help="One prompt; its completion is printed."),
-            _option(
+            option("--prompt", "-p", help="One prompt; its completion is printed."),
+            option(
                 "--prompts",
                 help="File of prompts (.txt: one a line; .jsonl: rows with a prompt or messages); "
                 "one JSON row for each is printed.",
             ),
-            _option(
-                "--prompt-format",
-                type=click.Choice(["auto", "chat", "text"]),
-                default="auto",
-                help="Whether a prompt is a user's turn or text to go on with.",
-            ),
-            _option(
+            prompt_format_option(),
+            option(
                 "--best-of",
                 type=click.IntRange(min=1),
                 default=1,
                 help="Sample so many completions of a prompt and take the best (at temperature 1, "
                 "unless given).",
             ),
-            _option(
+            option(
                 "--scorer",
                 default="implicit",
                 help="What is best: implicit (by the run's own log pi - log pi_ref), or the run of a "
                 "reward model.",
             ),
-            _option("--model", **_BASE),
-            _option("--dtype", **_DTYPE),
+            base_option(),
+            dtype_option(),
             *settings_options(SamplingSettings, "Sampling"),
         ],
         help="Complete a prompt, or a file of prompts, with a run, an adapter, or a model.",
@@ -178,10 +170,10 @@ def _score() -> click.Command:
         callback=run,
         params=[
             click.Argument(["source"], metavar="REWARD_RUN"),
-            _option("--data", required=True, help="File of pairs, completions or conversations."),
-            _option("--output", help="File for the rows with their rewards. Default: printed."),
-            _option("--raw", is_flag=True, help="The head's scores, not normalised."),
-            _option(
+            option("--data", required=True, help="File of pairs, completions or conversations."),
+            option("--output", help="File for the rows with their rewards. Default: printed."),
+            option("--raw", is_flag=True, help="The head's scores, not normalised."),
+            option(
                 "--field",
                 type=Comma(),
                 default=(),

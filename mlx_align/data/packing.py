@@ -66,6 +66,28 @@ class Batch(NamedTuple):
         """Tokens as a user counts them: every completion with its own copy of the prompt."""
         return sum(sum(e.lengths) for e in self.examples)
 
+    def by_example(self, values: np.ndarray) -> dict[str, np.ndarray]:
+        """Values of all completions, [N], cut by example: uid to [K]."""
+        return self._cut(values, [len(e.completions) for e in self.examples])
+
+    def by_example_tokens(self, values: np.ndarray) -> dict[str, np.ndarray]:
+        """Values of the table's rows, [M], cut by example: uid to those of its scored tokens."""
+        return self._cut(values, [sum(e.scored_lengths) for e in self.examples])
+
+    def sum_tokens(self, values: np.ndarray) -> np.ndarray:
+        """Values of the table's rows, [M], summed over each completion: float64[N]."""
+        return np.bincount(self.owner, values * self.weight, self.completions)
+
+    def join(self, values: dict[str, np.ndarray]) -> np.ndarray:
+        """What `by_example_tokens` cut, in the order of this table: float32[M], padded with 0."""
+        rows = np.concatenate([values[e.uid] for e in self.examples]).astype(np.float32)
+        return np.pad(rows, (0, len(self.target) - len(rows)))
+
+    def _cut(self, values, counts):
+        ends = np.cumsum(counts)
+        parts = np.split(values[: ends[-1]], ends[:-1])
+        return {e.uid: part for e, part in zip(self.examples, parts, strict=True)}
+
 
 def pack(examples: Sequence[Example], multiple: int = 1, *, prompts: bool = False) -> Batch:
     """One row that holds all examples, each prompt once.

@@ -73,6 +73,11 @@ class Example:
         return tuple(len(self.prompt) + len(c) for c in self.completions)
 
     @property
+    def scored_lengths(self) -> tuple[int, ...]:
+        """Tokens of each completion that count."""
+        return tuple(int(mask.sum()) for mask in self.scored)
+
+    @property
     def packed_length(self) -> int:
         """Tokens when the prompt is computed once."""
         return len(self.prompt) + sum(len(c) for c in self.completions)

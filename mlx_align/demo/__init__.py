@@ -17,15 +17,16 @@ _SETTINGS = {
     "bco": {"learning_rate": 1e-3},
     "ipo": {"learning_rate": 5e-4, "beta": 0.5},
 }
-# What is learnt from the model's own samples: what a right answer contains is in the data.
-_ONLINE = {"learning_rate": 1e-3, "reward": ("contains",), "max_tokens": 40, "steps": 30}
+_ONLINE = {"learning_rate": 1e-3}
+# What a right answer contains is in the demo's prompts, and says nothing of other data.
+_ONLINE_DATA = {"reward": ("contains",), "max_tokens": 40, "steps": 30}
 
 
-def settings(method: str, kind: str) -> dict:
+def settings(method: str, kind: str, own_data: bool) -> dict:
     """Settings that suit the demo model for a method that learns from `kind`, where a run does not say
-    otherwise."""
+    otherwise; `own_data` says that it learns from the demo's data."""
     if kind == "prompts":
-        return _ONLINE
+        return _ONLINE | _ONLINE_DATA if own_data else _ONLINE
     return _SETTINGS.get(method, {"learning_rate": 5e-4})
 
 

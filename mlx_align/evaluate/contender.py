@@ -18,7 +18,13 @@ from mlx_align.data.records import CompletionRecord, Record, Text, TextRecord, U
 from mlx_align.data.template import Encoder, Example, make_example
 from mlx_align.errors import ModelError
 from mlx_align.model.adapter import Adapter
-from mlx_align.model.forward import PACK_LENGTH, choose_layout, make_batches, token_log_probs
+from mlx_align.model.forward import (
+    PACK_LENGTH,
+    choose_layout,
+    completion_log_probs,
+    make_batches,
+    predicting_states,
+)
 from mlx_align.model.load import LoadedModel, load_model
 from mlx_align.model.open import open_model
 from mlx_align.rollout.sampler import Completion, SamplingSettings, sample
@@ -167,20 +173,14 @@ def score(
     found: dict[str, np.ndarray] = {}
     with contender.worn():
         for batch in make_batches(contender.loaded, unique):
-            token, _ = token_log_probs(contender.loaded, batch)
-            weighted = np.asarray(token, np.float64) * batch.weight
-            sums = np.bincount(batch.owner, weighted, batch.completions)
-            at = 0
-            for example in batch.examples:
-                found[example.uid] = sums[at : at + len(example.completions)]
-                at += len(example.completions)
+            found |= completion_log_probs(contender.loaded, batch)
             progress(f"log-probabilities of {contender.name}", len(found), len(unique))
     return [found[e.uid] for e in examples]
 
 
 def scored_tokens(example: Example) -> np.ndarray:
     """Tokens that count of each completion, int[K]."""
-    return np.array([mask.sum() for mask in example.scored])
+    return np.array(example.scored_lengths)
 
 
 def divergence(
@@ -208,37 +208,21 @@ def divergence(
             )
             parts.append((mx.exp(p) * (p - q)).sum(axis=-1))
             mx.eval(parts[-1])
-        weighted = np.concatenate([np.asarray(part, np.float64) for part in parts]) * batch.weight
-        sums = np.bincount(batch.owner, weighted, batch.completions)
-        at = 0
-        for example in batch.examples:
-            found[example.uid] = float(sums[at : at + len(example.completions)].sum())
-            at += len(example.completions)
+        sums = batch.sum_tokens(np.concatenate([np.asarray(part, np.float64) for part in parts]))
+        found |= {uid: float(each.sum()) for uid, each in batch.by_example(sums).items()}
         progress("divergence", len(found), len(unique))
     return [found[e.uid] for e in examples]
 
 
 def _hidden(contender, batch) -> mx.array:
     """What the vocabulary head is given for each prediction [M, D]; the logits where it is unknown."""
-    loaded, tokens = contender.loaded, mx.array(batch.tokens)
     with contender.worn():
-        if loaded.head is None:
-            states = loaded.model(tokens)
-        else:
-            with loaded.head.tapped() as tap:
-                loaded.model(tokens)
-            states = tap.hidden
-        states = states.reshape(-1, states.shape[-1])[mx.array(batch.source)]
+        states = predicting_states(contender.loaded, batch)
         mx.eval(states)
     return states
 
 
 def _log_softmax(contender, states) -> mx.array:
     head = contender.loaded.head
-    if head is None:
-        z = states.astype(mx.float32)
-    else:
-        z = getattr(head.module, head.method)(states).astype(mx.float32) * head.scale
-        if head.softcap:
-            z = mx.tanh(z / head.softcap) * head.softcap
+    z = states.astype(mx.float32) if head is None else head.logits(states)
     return z - mx.logsumexp(z, axis=-1, keepdims=True)

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlx_align.data.dataset import load_dataset
-from mlx_align.data.template import Encoder, Example, find_template, make_example
+from mlx_align.data.template import Example, find_template, make_example
 from mlx_align.errors import DataError
 from mlx_align.evaluate.cases import CaseSet, own_sets, read_sets
 from mlx_align.evaluate.contender import Contender
 from mlx_align.evaluate.measures import HELD_OUT
 from mlx_align.train.config import RunSettings
+from mlx_align.train.loop import read_run_data
 from mlx_align.train.runlog import RUN, read_run
 
 
@@ -61,23 +61,14 @@ def held_out_sets(source: str | Path, contender: Contender) -> tuple[list[CaseSe
     run = RunSettings.from_flat(record["method"], record["settings"], f"{source}/{RUN}")
     if run.method.data == "prompts":
         return [], _rewarded(record)
-    tokenizer, context = contender.loaded.tokenizer, contender.loaded.context_length
-    template = contender.loaded.template
+    loaded = contender.loaded
+    template = loaded.template
     if template is not None and template.source is not None:
         # Templates may print the date, and the run began on another day.
-        template = find_template(tokenizer, run.data.chat_template, record.get("template_date"))
-    encoder = Encoder(
-        tokenizer,
-        max_length=min(run.data.max_length, context or run.data.max_length),
-        template=template,
-        prompt_format=run.data.prompt_format,
-        thinking=run.data.thinking,
-        truncate=run.method.reads != "rewards",
-    )
+        date = record.get("template_date")
+        template = find_template(loaded.tokenizer, run.data.chat_template, date)
     try:
-        dataset = load_dataset(
-            run.data, encoder, kind=run.method.data, method=run.method.name, seed=run.train.seed
-        )
+        dataset = read_run_data(run, loaded, template)
     except DataError as error:
         return [], f"the run's held-out rows cannot be read: {str(error).splitlines()[0]}"
     if dataset.fingerprint != record.get("data_fingerprint"):

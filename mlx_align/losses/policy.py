@@ -55,8 +55,6 @@ class Online(Method):
     monitor: ClassVar[tuple[str, bool]] = ("reward", True)
     # How rewards become advantages: "group", "leave-one-out", "return" or "gae".
     advantage: ClassVar[str] = "group"
-    # Where the KL goes: into the "loss" of every token, or into the "reward".
-    kl_in: ClassVar[str] = "loss"
     # What only some methods have as settings.
     dynamic_sampling: ClassVar[bool] = False
     kl_target: ClassVar[float | None] = None
@@ -242,7 +240,6 @@ class RLOO(Clipped):
     )
 
     advantage: ClassVar[str] = "leave-one-out"
-    kl_in: ClassVar[str] = "reward"
 
     def __call__(self, scores: Scores, context=None) -> Loss:
         ratio = mx.exp(by_completion(scores.token - scores.old_token, scores))
@@ -269,7 +266,6 @@ class ReinforcePlusPlus(Clipped):
     )
 
     advantage: ClassVar[str] = "return"
-    kl_in: ClassVar[str] = "reward"
 
 
 @method(
@@ -314,7 +310,6 @@ class PPO(Clipped):
     )
 
     advantage: ClassVar[str] = "gae"
-    kl_in: ClassVar[str] = "reward"
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,11 @@ class Adapter:
         finally:
             self.put_on()
 
+    def at_start(self, start: dict[str, mx.array] | None):
+        """While this is open the model is what training started from: its base, or, where it went on
+        from another adapter, the base wearing that one's arrays."""
+        return self.off() if start is None else self.wearing(start)
+
     @contextlib.contextmanager
     def replaced_by(self, other: "Adapter"):
         """While this is open the model wears the other adapter, which must be off."""

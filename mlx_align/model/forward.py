@@ -40,38 +40,51 @@ def token_scores(
 
     `moments` asks for collision and entropy, too.
     """
-    targets, source = mx.array(batch.target), mx.array(batch.source)
+    states, targets = predicting_states(loaded, batch), mx.array(batch.target)
     if loaded.head is None:
-        logits = loaded.model(mx.array(batch.tokens), cache=_cache(loaded, batch))
-        rows = logits.reshape(-1, logits.shape[-1])[source].astype(mx.float32) / temperature
-        return full_log_probs(rows, targets, moments=moments)
-    hidden = _hidden(loaded, batch)[source]
+        logits = states.astype(mx.float32) / temperature
+        return full_log_probs(logits, targets, moments=moments)
     return loaded.head.log_probs(
-        hidden, targets, gradient=gradient, moments=moments, temperature=temperature
+        states, targets, gradient=gradient, moments=moments, temperature=temperature
     )
+
+
+def completion_log_probs(loaded: LoadedModel, batch: Batch) -> dict[str, np.ndarray]:
+    """Summed log-probability of each completion by the uid of its example, float64[K] each."""
+    token, _ = token_log_probs(loaded, batch)
+    return batch.by_example(batch.sum_tokens(np.asarray(token, np.float64)))
 
 
 def rewards(loaded: LoadedModel, batch: Batch) -> mx.array:
     """The reward head's score of each completion of a batch, read off its last token; float32[N]."""
-    return loaded.model.score(_hidden(loaded, batch)[mx.array(batch.last)])
+    return loaded.model.score(_states(loaded, batch)[mx.array(batch.last)])
 
 
 def values(loaded: LoadedModel, batch: Batch) -> mx.array:
     """A critic's value of the state in which each target of a batch is chosen; float32[M]."""
-    return loaded.model.score(_hidden(loaded, batch)[mx.array(batch.source)])
+    return loaded.model.score(predicting_states(loaded, batch))
 
 
-def _hidden(loaded, batch) -> mx.array:
-    """The hidden states in front of the vocabulary head, [B * T, D]."""
-    with loaded.head.tapped() as tap:
-        loaded.model(mx.array(batch.tokens), cache=_cache(loaded, batch))
-    return tap.hidden.reshape(-1, tap.hidden.shape[-1])
+def predicting_states(loaded: LoadedModel, batch: Batch) -> mx.array:
+    """The hidden state that predicts each target of a batch, [M, D], in front of the vocabulary head.
+
+    Where the head is unknown, the logits, [M, V].
+    """
+    return _states(loaded, batch)[mx.array(batch.source)]
 
 
-def _cache(loaded, batch):
-    if not batch.segments:
-        return None
-    return [PackLayout(batch, dense=loaded.layout == "dense")] * loaded.cache_entries
+def _states(loaded, batch) -> mx.array:
+    """What the vocabulary head is given at every token, [B * T, D]; the logits where it is unknown."""
+    tokens, cache = mx.array(batch.tokens), None
+    if batch.segments:
+        cache = [PackLayout(batch, dense=loaded.layout == "dense")] * loaded.cache_entries
+    if loaded.head is None:
+        states = loaded.model(tokens, cache=cache)
+    else:
+        with loaded.head.tapped() as tap:
+            loaded.model(tokens, cache=cache)
+        states = tap.hidden
+    return states.reshape(-1, states.shape[-1])
 
 
 # Most tokens in a pack unless a run says otherwise: small packs stay in a CPU's cache, large ones

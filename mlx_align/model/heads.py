@@ -96,10 +96,14 @@ class Head:
         finally:
             self.module.update(parameters)
 
-    def _logits(self, parameters, hidden):
-        self.module.update(parameters)
+    def logits(self, hidden) -> mx.array:
+        """All logits of hidden states, float32, as the model gives them."""
         z = getattr(self.module, self.method)(hidden).astype(mx.float32) * self.scale
         return mx.tanh(z / self.softcap) * self.softcap if self.softcap else z
+
+    def _logits(self, parameters, hidden):
+        self.module.update(parameters)
+        return self.logits(hidden)
 
     def _projection(self, temperature: float) -> Projection | None:
         """The head as a frozen matrix, or None where it is trained or is more than a matrix."""

@@ -44,11 +44,7 @@ class RewardModel:
         self.loaded.model.eval()
         for batch in make_batches(self.loaded, examples):
             scores = (np.array(rewards(self.loaded, batch), np.float64) - self.mean) / self.std
-            at = 0
-            for example in batch.examples:
-                count = len(example.completions)
-                found[example.uid] = scores[at : at + count]
-                at += count
+            found |= batch.by_example(scores)
         return [found[example.uid] for example in examples]
 
     def score(self, completions: Sequence[tuple[Text, Text]]) -> np.ndarray:
@@ -66,6 +62,18 @@ class RewardModel:
         return np.array([scores[0] for scores in self.score_examples(examples)])
 
 
+def worn_reward_model(loaded: LoadedModel, folder: Path) -> RewardModel:
+    """The reward model whose adapter, from `folder`, a loaded model wears."""
+    config = read_adapter_config(folder)
+    statistics = config.get("reward")
+    if statistics is None:
+        log.warning("%s: is not finished, so its rewards are not normalised", folder)
+        statistics = {"mean": 0.0, "std": 1.0}
+    return RewardModel(
+        loaded, statistics["mean"], statistics["std"] or 1.0, config.get("prompt_format", "auto")
+    )
+
+
 def open_reward_model(source: str | Path, dtype: str = "auto") -> RewardModel:
     """The reward model that a run of `mlx-align reward` holds."""
     folder = find_adapter(source)
@@ -75,10 +83,4 @@ def open_reward_model(source: str | Path, dtype: str = "auto") -> RewardModel:
     loaded, _ = open_model(source, dtype)
     choose_layout(loaded)
     mx.eval(loaded.model.parameters())
-    statistics = config.get("reward")
-    if statistics is None:
-        log.warning("%s: is not finished, so its rewards are not normalised", source)
-        statistics = {"mean": 0.0, "std": 1.0}
-    return RewardModel(
-        loaded, statistics["mean"], statistics["std"] or 1.0, config.get("prompt_format", "auto")
-    )
+    return worn_reward_model(loaded, folder)

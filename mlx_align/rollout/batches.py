@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from mlx_align.rollout.advantages import (
     AdaptiveKL,
     gae,
     group_advantages,
+    kl_penalties,
     leave_one_out,
     returns_to_go,
     whiten,
@@ -84,6 +86,13 @@ class Rollout:
         )
 
 
+class Lesson(NamedTuple):
+    """What a mini-batch teaches: the policy its advantages, the critic (if there is one) its returns."""
+
+    policy: list[Part]
+    critic: list[Part]
+
+
 class OnlineSource:
     """Samples, rewards and advantages for the loop; see `train.source.Source`."""
 
@@ -111,7 +120,7 @@ class OnlineSource:
                     "beta: with --fine-tune full the reference is gone after the first step; name a "
                     "--reference model, or use --beta 0"
                 )
-            self._start = dict(ground.adapter.weights())
+            self._start = ground.adapter.weights() if ground.settings.adapter.start else None
         self.keeps: dict = {}
         self._critic = None
         if method.advantage == "gae":
@@ -131,28 +140,27 @@ class OnlineSource:
         began = time.perf_counter()
         rollout, filtered = self._gather(step)
         sampled = time.perf_counter() - began
-        self._beta, found = state.get("beta", self._method.beta), {}
-        parts, entropy, kl = self._score(rollout, found)
-        tokens = sum(part.batch.real_tokens for group in parts for part in group)
+        beta = state.get("beta", self._method.beta)
+        lessons, found = self._score(rollout, beta)
+        tokens = sum(p.batch.real_tokens for lesson in lessons for p in lesson.policy)
         spent = time.perf_counter() - began
         new = sum(len(sample.ids) for sample in rollout.samples)
         metrics = {
             **self._rewarded(rollout),
             **self._lengths(rollout),
-            "entropy": entropy,
-            "sampling/logp_gap": self._gap,
             "rollout/tokens_per_second": new / sampled,
             "rollout/seconds": spent,
             **found,
         }
         if self._method.uses_reference:
-            metrics |= {"objective/kl": kl, "beta": self._beta}
+            metrics["beta"] = beta
             if self._method.kl_target:
-                steered = AdaptiveKL(self._beta, self._method.kl_target)
+                steered = AdaptiveKL(beta, self._method.kl_target)
+                kl = metrics["objective/kl"]
                 state = {**state, "beta": steered.update(kl, len(rollout.samples))}
         if filtered:
             metrics["rollout/prompts_filtered"] = float(filtered)
-        return Work(self._updates(parts, step), state, tokens, metrics, self._written(rollout))
+        return Work(self._updates(lessons, step), state, tokens, metrics, self._written(rollout))
 
     def measure(self, state: dict) -> dict[str, float]:
         """The mean reward of one sample of each held-out prompt."""
@@ -217,50 +225,53 @@ class OnlineSource:
 
     # -- scoring and advantages
 
-    def _score(self, rollout: Rollout, found: dict) -> tuple[list[list[Part]], float, float]:
-        """The packs of each mini-batch, the mean entropy of a token, and the KL of a completion.
-
-        More metrics go into `found`.
-        """
+    def _score(self, rollout: Rollout, beta: float) -> tuple[list[Lesson], dict[str, float]]:
+        """What each mini-batch teaches, and the metrics of the scores."""
         method, loaded = self._method, self._ground.loaded
         loaded.model.eval()
         examples = self._examples(rollout)
         size = -(-len(examples) // method.minibatches)
-        groups = [examples[i : i + size] for i in range(0, len(examples), size)]
-        packs = [
-            make_batches(loaded, group, self._ground.settings.train.pack_length) for group in groups
+        pack_length = self._ground.settings.train.pack_length
+        groups = [
+            make_batches(loaded, examples[i : i + size], pack_length)
+            for i in range(0, len(examples), size)
         ]
         entropy = tokens = 0.0
         old, ref, value = {}, {}, {}
-        for pack in (p for group in packs for p in group):
+        for pack in (p for group in groups for p in group):
             scores = token_scores(loaded, pack, moments=True, temperature=method.temperature)
-            old |= _by_example(pack, np.array(scores.logp))
+            old |= pack.by_example_tokens(np.array(scores.logp))
             entropy += float((np.array(scores.entropy) * pack.weight).sum())
             tokens += float(pack.weight.sum())
             if method.uses_reference:
-                ref |= _by_example(pack, self._reference_scores(pack))
+                ref |= pack.by_example_tokens(self._reference_scores(pack))
             if self._critic is not None:
-                value |= _by_example(pack, self._critic.values(pack))
+                value |= pack.by_example_tokens(self._critic.values(pack))
         gaps = [
             np.abs(old[e.uid] - np.concatenate([s.logp for s in group])[np.concatenate(e.scored)])
             for e, group in zip(examples, rollout.groups, strict=True)
         ]
-        self._gap = float(np.concatenate(gaps).mean()) if tokens else 0.0
-        advantages, kl = self._advantages(rollout, examples, old, ref, value, found)
-        self._values = value
-        parts = [
-            [
-                Part(
-                    pack,
-                    _join(pack, ref) if method.uses_reference else None,
-                    _join(pack, old),
-                    _join(pack, advantages),
-                )
-                for pack in group
-            ]
-            for group in packs
+        found = {
+            "entropy": entropy / max(tokens, 1),
+            "sampling/logp_gap": float(np.concatenate(gaps).mean()) if tokens else 0.0,
+        }
+        kl = {uid: kl_penalties(old[uid], ref[uid]) for uid in ref}
+        if kl:
+            found["objective/kl"] = float(np.mean([_sums(e, kl[e.uid]) for e in examples]))
+        advantages, returns = self._advantages(rollout, examples, kl, value, beta, found)
+        lessons = [
+            Lesson(
+                [
+                    Part(
+                        pack, pack.join(ref) if ref else None, pack.join(old), pack.join(advantages)
+                    )
+                    for pack in group
+                ],
+                [Part(pack, None, pack.join(value), pack.join(returns)) for pack in group if value],
+            )
+            for group in groups
         ]
-        return parts, entropy / max(tokens, 1), kl
+        return lessons, found
 
     def _examples(self, rollout: Rollout) -> list[Example]:
         """One example a prompt: its samples as completions. Equal ones are told apart by their place."""
@@ -277,62 +288,54 @@ class OnlineSource:
         loaded, temperature = self._ground.loaded, self._method.temperature
         if self._reference is not None:
             return np.array(token_scores(self._reference, pack, temperature=temperature).logp)
-        # The adapter as it was at the start: nothing for a fresh one, and the run it went on from.
-        context = (
-            self._ground.adapter.wearing(self._start)
-            if self._ground.settings.adapter.start
-            else self._ground.adapter.off()
-        )
-        with context:
+        with self._ground.adapter.at_start(self._start):
             return np.array(token_scores(loaded, pack, temperature=temperature).logp)
 
     def _advantages(
-        self, rollout, examples, old, ref, value, found
-    ) -> tuple[dict[str, np.ndarray], float]:
-        """The advantage of every token by example, and the mean KL of a completion to the reference."""
+        self, rollout, examples, kl, value, beta, found
+    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """The advantages of tokens by example and, with a critic, their returns."""
         method, reward = self._method, rollout.reward
-        kl = {u: old[u] - ref[u] for u in old} if method.uses_reference else {}
-        sums = np.array([_sums(e, kl[e.uid]) if kl else [0.0] * reward.shape[1] for e in examples])
-        if method.kl_in == "reward" and method.advantage == "leave-one-out":
-            reward = reward - self._beta * sums
         match method.advantage:
             case "group":
                 values = group_advantages(reward, method.scale_rewards)
             case "leave-one-out":
+                if kl:
+                    reward = reward - beta * np.array([_sums(e, kl[e.uid]) for e in examples])
                 values = leave_one_out(reward)
             case "return" | "gae":
-                # What no reward applies to is taken for average: it is neither pushed nor pulled.
-                average = float(np.nanmean(reward)) if np.isfinite(reward).any() else 0.0
-                filled = np.where(np.isnan(reward), average, reward)
-                spread = self._along_tokens(rollout, examples, filled, kl, value, found)
-                return spread, float(sums.mean())
-        spread = {
-            e.uid: np.repeat(values[i], [int(m.sum()) for m in e.scored])
-            for i, e in enumerate(examples)
-        }
-        return spread, float(sums.mean())
+                return self._along_tokens(rollout, examples, kl, value, beta, found)
+        each = zip(examples, values, strict=True)
+        return {e.uid: np.repeat(row, e.scored_lengths) for e, row in each}, {}
 
-    def _along_tokens(self, rollout, examples, reward, kl, value, found) -> dict[str, np.ndarray]:
+    def _along_tokens(
+        self, rollout, examples, kl, value, beta, found
+    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Advantages of tokens from rewards of tokens: the score on the last one, the KL on each.
 
         Without a critic the whitened reward to go (REINFORCE++), with one the whitened generalised
-        advantage estimate; the returns that the critic is to learn are kept.
+        advantage estimate, and the returns that the critic is to learn.
         """
-        method = self._method
-        lengths = [[int(m.sum()) for m in e.scored] for e in examples]
-        flat = [n for row in lengths for n in row]
-        rows = np.zeros((len(flat), max(flat)))
-        mask = np.arange(rows.shape[1]) < np.array(flat)[:, None]
+        method, reward = self._method, rollout.reward.reshape(-1)
+        # What no reward applies to is taken for average: it is neither pushed nor pulled.
+        average = float(np.nanmean(reward)) if np.isfinite(reward).any() else 0.0
+        scores = np.where(np.isnan(reward), average, reward)
+        lengths = [n for e in examples for n in e.scored_lengths]
+        rows = np.zeros((len(lengths), max(lengths)))
+        mask = np.arange(rows.shape[1]) < np.array(lengths)[:, None]
         if kl:
-            rows[mask] = -self._beta * np.concatenate([kl[e.uid] for e in examples])
-        for row, n, score, sample in zip(
-            rows, flat, reward.reshape(-1), rollout.samples, strict=True
-        ):
+            rows[mask] = -beta * np.concatenate([kl[e.uid] for e in examples])
+        for row, n, score, sample in zip(rows, lengths, scores, rollout.samples, strict=True):
             if n:
                 row[n - 1] += score - (0.0 if sample.finished else method.unfinished_penalty)
-        if self._critic is None:
-            advantages = whiten(returns_to_go(rows, mask), mask, bessel=False)
-            return _spread(examples, lengths, advantages[mask])
+
+        def by_example(table):
+            ends = np.cumsum([sum(e.scored_lengths) for e in examples])
+            parts = np.split(table[mask], ends[:-1])
+            return {e.uid: part for e, part in zip(examples, parts, strict=True)}
+
+        if not value:
+            return by_example(whiten(returns_to_go(rows, mask), mask, bessel=False)), {}
         states = np.zeros_like(rows)
         states[mask] = np.concatenate([value[e.uid] for e in examples])
         advantages, returns = gae(rows, states, mask, method.gamma, method.gae_lambda)
@@ -342,27 +345,21 @@ class OnlineSource:
         )
         found["critic/value_mean"] = float(states[mask].mean())
         found["objective/rlhf_reward"] = float(rows.sum(axis=1).mean())
-        self._returns = _spread(examples, lengths, returns[mask])
-        return _spread(examples, lengths, whiten(advantages, mask)[mask])
+        return by_example(whiten(advantages, mask)), by_example(returns)
 
-    def _updates(self, groups: list[list[Part]], step: int):
+    def _updates(self, lessons: list[Lesson], step: int):
         """Every mini-batch once in each pass, in an order of its own."""
         for iteration in range(self._method.iterations):
             rng = np.random.default_rng([self._ground.settings.train.seed, step, iteration])
-            for i in rng.permutation(len(groups)) if iteration else range(len(groups)):
-                parts = groups[i]
-                if not any(part.batch.weight.any() for part in parts):
+            for i in rng.permutation(len(lessons)) if iteration else range(len(lessons)):
+                policy, critic = lessons[i]
+                if not any(part.batch.weight.any() for part in policy):
                     continue
-                examples = [e for part in parts for e in part.batch.examples]
-                whole = Whole(mean_length(examples), [None] * len(parts))
-                yield Update(parts, whole)
-                if self._critic is not None:
-                    lessons = [self._lesson(part.batch) for part in parts]
-                    yield Update(lessons, whole, self._critic.learner)
-
-    def _lesson(self, pack: Batch) -> Part:
-        """What the critic learns from a pack: its values when it was sampled, and the returns."""
-        return Part(pack, None, _join(pack, self._values), _join(pack, self._returns))
+                examples = [e for part in policy for e in part.batch.examples]
+                whole = Whole(mean_length(examples), [None] * len(policy))
+                yield Update(policy, whole)
+                if critic:
+                    yield Update(critic, whole, self._critic.learner)
 
     # -- what is reported
 
@@ -406,30 +403,7 @@ class OnlineSource:
         return rows
 
 
-def _by_example(pack: Batch, values: np.ndarray) -> dict[str, np.ndarray]:
-    """A table's values by the uid of their example."""
-    found, at = {}, 0
-    for example in pack.examples:
-        count = sum(int(mask.sum()) for mask in example.scored)
-        found[example.uid] = values[at : at + count]
-        at += count
-    return found
-
-
-def _spread(examples, lengths, values: np.ndarray) -> dict[str, np.ndarray]:
-    """One row of values of all tokens as values by example."""
-    ends = np.cumsum([sum(row) for row in lengths])
-    parts = np.split(values, ends[:-1])
-    return {e.uid: part for e, part in zip(examples, parts, strict=True)}
-
-
-def _join(pack: Batch, values: dict[str, np.ndarray]) -> np.ndarray:
-    """Values by example in the order of a pack's table, float32[M]."""
-    rows = np.concatenate([values[e.uid] for e in pack.examples]).astype(np.float32)
-    return np.pad(rows, (0, len(pack.target) - len(rows)))
-
-
 def _sums(example: Example, values: np.ndarray) -> Sequence[float]:
     """The sum of a token's values over each completion."""
-    ends = np.cumsum([int(mask.sum()) for mask in example.scored])
+    ends = np.cumsum(example.scored_lengths)
     return [float(part.sum()) for part in np.split(values, ends[:-1])]

@@ -13,7 +13,7 @@ import numpy as np
 from mlx_align.data.template import end_of_turn, make_example
 from mlx_align.errors import SettingsError
 from mlx_align.model.adapter import Adapter
-from mlx_align.model.forward import choose_layout, make_batches, token_log_probs
+from mlx_align.model.forward import choose_layout, completion_log_probs, make_batches
 from mlx_align.model.load import LoadedModel
 from mlx_align.rollout.sampler import Completion, SamplingSettings, sample
 
@@ -64,10 +64,12 @@ def implicit_scorer(loaded: LoadedModel, adapter: Adapter, start: dict | None = 
             for completion in completions:
                 ids = [*completion.ids, *([end] if completion.finished else [])]
                 examples.append(make_example(prompt, [ids], [np.ones(len(ids), bool)], "sample"))
-        with adapter.off() if start is None else adapter.wearing(start):
-            reference = _sums(loaded, examples)
-        policy = _sums(loaded, examples)
-        ratios = iter([policy[e.uid] - reference[e.uid] for e in examples])
+        loaded.model.eval()
+        batches = make_batches(loaded, examples)
+        with adapter.at_start(start):
+            reference = _log_probs(loaded, batches)
+        policy = _log_probs(loaded, batches)
+        ratios = iter([float((policy[e.uid] - reference[e.uid])[0]) for e in examples])
         return [np.array([next(ratios) for _ in completions]) for _, completions in groups]
 
     return score
@@ -96,12 +98,8 @@ def _end(loaded: LoadedModel) -> int:
     return loaded.tokenizer.eos_token_id if turn is None else turn
 
 
-def _sums(loaded, examples) -> dict[str, float]:
-    """The summed log-probability of each example's completion, by uid."""
-    loaded.model.eval()
+def _log_probs(loaded, batches) -> dict[str, np.ndarray]:
     found = {}
-    for batch in make_batches(loaded, examples):
-        token = np.array(token_log_probs(loaded, batch)[0], np.float64) * batch.weight
-        sums = np.bincount(batch.owner, token, minlength=batch.completions)
-        found |= {e.uid: sums[i] for i, e in enumerate(batch.examples)}
+    for batch in batches:
+        found |= completion_log_probs(loaded, batch)
     return found

@@ -74,8 +74,8 @@ def _prefill(loaded, prompt):
 
     cache = make_prompt_cache(loaded.model)
     if len(prompt) > 1:
-        with_cache = loaded.model(mx.array(prompt[:-1])[None], cache=cache)
-        del with_cache
+        # Only what the cache takes is computed; nothing asks for the logits.
+        loaded.model(mx.array(prompt[:-1])[None], cache=cache)
         mx.eval([c.state for c in cache])
     return cache
 

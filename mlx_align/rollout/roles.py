@@ -21,7 +21,7 @@ from mlx_align.model.adapter import (
 from mlx_align.model.forward import values
 from mlx_align.model.heads import attach_reward_head
 from mlx_align.model.open import find_adapter, find_template_file
-from mlx_align.model.reward import RewardModel, open_reward_model
+from mlx_align.model.reward import RewardModel, open_reward_model, worn_reward_model
 from mlx_align.train.optimizer import Optimizer
 from mlx_align.train.source import Ground, Learner
 
@@ -32,21 +32,15 @@ class SharedRewardModel:
     """A reward model on the policy's own base, put on to score and taken off again."""
 
     def __init__(self, ground: Ground, folder: Path):
-        config, loaded, policy = read_adapter_config(folder), ground.loaded, ground.adapter
+        loaded, policy = ground.loaded, ground.adapter
         policy.take_off()
         attach_reward_head(loaded.model, loaded.head)
         self.adapter = load_adapter(loaded.model, folder)
         self.adapter.head = loaded.model.score
         self.adapter.take_off()
         policy.put_on()
-        statistics = config.get("reward") or {"mean": 0.0, "std": 1.0}
         self._policy = policy
-        self.model = RewardModel(
-            loaded,
-            statistics["mean"],
-            statistics["std"] or 1.0,
-            config.get("prompt_format", "auto"),
-        )
+        self.model = worn_reward_model(loaded, folder)
 
     def score(self, completions) -> np.ndarray:
         """As `RewardModel.score`."""

@@ -257,32 +257,36 @@ def _read_data(settings: RunSettings, loaded: LoadedModel, prepared: dict) -> Da
     )
     if key in prepared:
         return prepared[key]
-    max_length = settings.data.max_length
-    if loaded.context_length and max_length > loaded.context_length:
-        max_length = loaded.context_length
-        if settings.data.max_length != DataSettings().max_length:
-            log.warning("--max-length is more than the model's context; %d is used", max_length)
-    encoder = Encoder(
-        loaded.tokenizer,
-        max_length=max_length,
-        template=loaded.template,
-        prompt_format=settings.data.prompt_format,
-        thinking=settings.data.thinking,
-        # A reward is read off the end, which a cut answer does not have.
-        truncate=method.reads != "rewards",
-    )
-    dataset = load_dataset(
-        settings.data,
-        encoder,
-        kind=method.data,
-        method=method.name,
-        seed=seed,
-        needs_margin=method.needs_margin,
-    )
+    wanted, possible = settings.data.max_length, loaded.context_length
+    if possible and wanted > possible and wanted != DataSettings().max_length:
+        log.warning("--max-length is more than the model's context; %d is used", possible)
+    dataset = read_run_data(settings, loaded, loaded.template)
     for line in dataset.report.lines():
         log.warning("%s", line)
     prepared[key] = dataset
     return dataset
+
+
+def read_run_data(settings: RunSettings, loaded: LoadedModel, template) -> Dataset:
+    """The examples of a run, as its settings read, render and split them."""
+    method, data, context = settings.method, settings.data, loaded.context_length
+    encoder = Encoder(
+        loaded.tokenizer,
+        max_length=min(data.max_length, context or data.max_length),
+        template=template,
+        prompt_format=data.prompt_format,
+        thinking=data.thinking,
+        # A reward is read off the end, which a cut answer does not have.
+        truncate=method.reads != "rewards",
+    )
+    return load_dataset(
+        data,
+        encoder,
+        kind=method.data,
+        method=method.name,
+        seed=settings.train.seed,
+        needs_margin=method.needs_margin,
+    )
 
 
 def _loop(run: _Run, record: dict, should_stop) -> Result:

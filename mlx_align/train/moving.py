@@ -28,7 +28,7 @@ class MovingReference:
             )
         self._loaded, self._adapter = loaded, adapter
         self._every, self._weight = every, weight
-        self.terms = [(1.0, _copy(adapter.weights()))]
+        self.terms = [(1.0, adapter.weights())]
 
     def log_probs(self, batch: Batch) -> np.ndarray:
         """The reference's log-probabilities of a batch's table, float32[M]."""
@@ -40,7 +40,7 @@ class MovingReference:
         """Follow the policy where `step` steps are a multiple of the interval."""
         if step % self._every:
             return
-        now = _copy(self._adapter.weights())
+        now = self._adapter.weights()
         if self._adapter.kind == "full":
             (_, before), w = self.terms[0], self._weight
             mixed = {name: w * now[name] + (1 - w) * before[name] for name in now}
@@ -78,8 +78,3 @@ class MovingReference:
                 parts = [arrays[name] for _, arrays in self.terms]
                 mixed[name] = mx.concatenate(parts, axis=-1 if parts[0].ndim == 2 else -2)
         return mixed
-
-
-def _copy(arrays: dict[str, mx.array]) -> dict[str, mx.array]:
-    # An array is never changed in place by the optimizer, so the names alone have to be kept.
-    return dict(arrays)

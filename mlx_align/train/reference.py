@@ -6,6 +6,7 @@ their example, which is a hash of its ids. So another beta, seed or run finds th
 changed model, tokenizer, template or row does not.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,7 +16,6 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_align.data.packing import Batch
 from mlx_align.data.template import Example
 from mlx_align.errors import StaleReferenceError
 from mlx_align.files import write_json
@@ -99,7 +99,7 @@ def reference_log_probs(
     description = reference_description(loaded, worn)
     folder = cache_folder() / "reference" / fingerprint(description)
     unique = list({e.uid: e for e in examples}.values())
-    known = _read(folder, description, {e.uid: _scored(e) for e in unique})
+    known = _read(folder, description, {e.uid: sum(e.scored_lengths) for e in unique})
     # Parts are cut from the whole list, so that an interrupted pass goes on with the same batches.
     parts = [unique[i : i + PART] for i in range(0, len(unique), PART)]
     missing = [[e for e in part if e.uid not in known] for part in parts]
@@ -115,29 +115,9 @@ def reference_log_probs(
     return known
 
 
-def join_reference(batch: Batch, log_probs: LogProbs) -> np.ndarray:
-    """The reference's log-probabilities in the order of a batch's table, float32[M]."""
-    rows = np.concatenate([log_probs[e.uid] for e in batch.examples])
-    return np.pad(rows, (0, len(batch.target) - len(rows)))
-
-
 def _score(loaded, adapter, batch) -> LogProbs:
-    if adapter is not None and adapter.kind != "full":
-        with adapter.off():
-            token, _ = token_log_probs(loaded, batch)
-            token = np.array(token)
-    else:
-        token = np.array(token_log_probs(loaded, batch)[0])
-    scores, at = {}, 0
-    for example in batch.examples:
-        count = _scored(example)
-        scores[example.uid] = token[at : at + count]
-        at += count
-    return scores
-
-
-def _scored(example: Example) -> int:
-    return sum(int(mask.sum()) for mask in example.scored)
+    with contextlib.nullcontext() if adapter is None or adapter.kind == "full" else adapter.off():
+        return batch.by_example_tokens(np.array(token_log_probs(loaded, batch)[0]))
 
 
 # -- files: uids uint8[n, 16], counts int32[n], logp float32[sum of counts], and a digest of them ----

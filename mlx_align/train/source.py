@@ -23,7 +23,7 @@ from mlx_align.model.open import open_model
 from mlx_align.train.config import RunSettings
 from mlx_align.train.moving import MovingReference
 from mlx_align.train.optimizer import Optimizer
-from mlx_align.train.reference import LogProbs, join_reference, reference_log_probs
+from mlx_align.train.reference import LogProbs, reference_log_probs
 from mlx_align.train.step import Part, Whole, evaluate, survey
 
 
@@ -171,7 +171,7 @@ class Offline:
             return [Part(pack, self._moving.log_probs(pack)) for pack in packs]
         if self._reference is None:
             return [Part(pack) for pack in packs]
-        return [Part(pack, join_reference(pack, self._reference)) for pack in packs]
+        return [Part(pack, pack.join(self._reference)) for pack in packs]
 
     def _reward_statistics(self) -> dict:
         """Mean and standard deviation of the reward over the completions that were trained on."""

@@ -162,7 +162,7 @@ def mean_length(examples: Sequence[Example], prompts: bool = False) -> float:
     """Scored tokens of the first completion (with `prompts`, the prompt's too), by weight."""
     tokens = weights = 0.0
     for example in examples:
-        count = int(example.scored[0].sum()) + (len(example.prompt) - 1 if prompts else 0)
+        count = example.scored_lengths[0] + (len(example.prompt) - 1 if prompts else 0)
         tokens += example.weight * count
         weights += example.weight
     return tokens / weights

@@ -12,7 +12,7 @@ from mlx_align.losses.sft import SFT
 from mlx_align.model.adapter import AdapterSettings, wear_adapter
 from mlx_align.model.forward import make_batches
 from mlx_align.train.optimizer import Optimizer, learning_rate_at
-from mlx_align.train.reference import join_reference, reference_log_probs
+from mlx_align.train.reference import reference_log_probs
 from mlx_align.train.step import NOTHING, Part, evaluate, gradient_batch, survey, train_step
 
 
@@ -46,9 +46,7 @@ def test_the_first_step_starts_at_the_reference(loaded_model, family, kind):
     examples = pairs(6)
     _, reference = ready(loaded, examples, fine_tune=kind)
     for batch in make_batches(loaded, examples, 64):
-        totals, gradients = gradient_batch(
-            loaded, DPO(), Part(batch, join_reference(batch, reference))
-        )
+        totals, gradients = gradient_batch(loaded, DPO(), Part(batch, batch.join(reference)))
         means = totals.means()
         assert means["loss"] == pytest.approx(np.log(2), abs=2e-5)
         assert abs(means["rewards/margins"]) < 1e-4
@@ -61,7 +59,7 @@ def test_quantised_bases_start_at_the_reference_too(loaded_model, quantise):
     examples = pairs(4)
     _, reference = ready(loaded, examples)
     (batch,) = make_batches(loaded, examples, 4096)
-    totals, _ = gradient_batch(loaded, DPO(), Part(batch, join_reference(batch, reference)))
+    totals, _ = gradient_batch(loaded, DPO(), Part(batch, batch.join(reference)))
     assert totals.means()["loss"] == pytest.approx(np.log(2), abs=2e-5)
 
 
@@ -77,13 +75,11 @@ def test_1x8_2x4_and_8x1_are_the_same_step(loaded_model, method, family):
         batches = make_batches(loaded, examples, pack_length)
         totals, gradients = NOTHING, {}
         for batch in batches:
-            here, more = gradient_batch(
-                loaded, method, Part(batch, join_reference(batch, reference))
-            )
+            here, more = gradient_batch(loaded, method, Part(batch, batch.join(reference)))
             totals = totals.add(here)
             for name, g in tree_flatten(more):
                 gradients[name] = gradients.get(name, 0) + np.array(g, np.float64)
-        joined = [Part(b, join_reference(b, reference)) for b in batches]
+        joined = [Part(b, b.join(reference)) for b in batches]
         stepped, norm = train_step(loaded, adapter, Optimizer(0.0, 1.0), method, joined, 1e-2)
         assert stepped.means() == pytest.approx(totals.means(), rel=1e-6)
         return (
@@ -108,7 +104,7 @@ def test_gradients_agree_with_finite_differences(loaded_model):
     examples = pairs(3)
     adapter, reference = ready(loaded, examples, lora_rank=2)
     (batch,) = make_batches(loaded, examples, 4096)
-    part = Part(batch, join_reference(batch, reference))
+    part = Part(batch, batch.join(reference))
     whole, _ = survey(loaded, DPO(), [part])
     direction = {
         name: mx.random.normal(x.shape, key=mx.random.key(i))
@@ -137,7 +133,7 @@ def test_eight_pairs_are_learnt_by_heart(loaded_model):
     adapter, reference = ready(loaded, examples)
     optimizer = Optimizer(0.0, 1.0)
     (batch,) = make_batches(loaded, examples, 4096)
-    joined = [Part(batch, join_reference(batch, reference))]
+    joined = [Part(batch, batch.join(reference))]
     for _ in range(30):
         totals, _ = train_step(loaded, adapter, optimizer, DPO(), joined, 1e-2)
     means = totals.means()
@@ -156,7 +152,7 @@ def test_a_step_with_zero_learning_rate_changes_nothing(loaded_model):
         adapter,
         Optimizer(0.1, 1.0),
         DPO(),
-        [Part(batch, join_reference(batch, reference))],
+        [Part(batch, batch.join(reference))],
         0.0,
     )
     assert all(mx.array_equal(before[n], x) for n, x in adapter.weights().items())
@@ -173,7 +169,7 @@ def test_a_loss_that_is_not_finite_names_the_rows_and_changes_nothing(loaded_mod
     before = adapter.weights()
     (batch,) = make_batches(loaded, examples, 4096)
     with pytest.raises(NonFiniteError) as caught:
-        joined = [Part(batch, join_reference(batch, reference))]
+        joined = [Part(batch, batch.join(reference))]
         train_step(loaded, adapter, Optimizer(0.0, 1.0), DPO(), joined, 1e-3)
     assert any(origin in str(caught.value) for origin in blamed)
     assert all(mx.array_equal(before[n], x) for n, x in adapter.weights().items())
