@@ -43,8 +43,8 @@ def test_ties_go_to_the_lower_perplexity_and_losses_are_ranked_downwards():
 
 def test_a_sweep_of_the_demo_goes_on_and_reads_its_data_once(tmp_path, monkeypatch, capsys):
     read = []
-    original = loop.load_dataset
-    monkeypatch.setattr(loop, "load_dataset", lambda *a, **k: read.append(1) or original(*a, **k))
+    original = loop.read_run_data
+    monkeypatch.setattr(loop, "read_run_data", lambda *a: read.append(1) or original(*a))
     flags = ["--beta", "0.05,0.5", "--steps", "4", "--eval-examples", "20"]
     command = ["sweep", "dpo", *flags, "--output", str(tmp_path / "sweep")]
     for _ in range(2):
