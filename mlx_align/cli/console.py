@@ -18,10 +18,14 @@ SHOWN = {
     "rewards/margins": "margin",
     "kl": "kl",
     "reward": "reward",
+    "watch": "watched",
+    "objective/kl": "completion kl",
     "entropy": "entropy",
     "completions/mean_length": "length",
     "mean_token_accuracy": "token accuracy",
 }
+# Letters of a sample that are shown.
+SAMPLE_WIDTH = 160
 # Seconds between lines where there is no terminal to rewrite a line on.
 QUIET_SECONDS = 10.0
 
@@ -90,6 +94,18 @@ class Console(Events):
         else:
             parts += [f"{name} {row[key]:.2f}" for key, name in SHOWN.items() if key in row]
         self.say("  ".join(parts))
+
+    def on_samples(self, step: int, samples: list[dict]) -> None:
+        best = samples[0]
+        asked, said = (_one_line(best[name]) for name in ("prompt", "completion"))
+        reward = "none" if best["reward"] is None else f"{best['reward']:.2f}"
+        self.say(f"sample of step {step}, reward {reward}:\n  {asked}\n  -> {said}")
+
+
+def _one_line(text) -> str:
+    """A text, or the last message of a prompt, on one line that fits most screens."""
+    line = " ".join((text if isinstance(text, str) else str(text[-1].get("content", ""))).split())
+    return line if len(line) <= SAMPLE_WIDTH else line[: SAMPLE_WIDTH - 1] + "…"
 
 
 class Handler(logging.Handler):

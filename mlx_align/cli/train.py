@@ -14,8 +14,9 @@ from mlx_align.train.config import GROUPS, setting_names
 HEADINGS = dict(zip(GROUPS, ("Model", "Data", "Adapter", "Training"), strict=True))
 # What the table at the end shows, where the method has it.
 SHOWN_BEFORE_AFTER = (
-    "reward", "loss", "accuracy", "margin", "rewards/accuracies", "logps/accuracies", "rewards/margins",
-    "logps/chosen", "logps/rejected", "kl", "mean_token_accuracy", "completions/mean_length",
+    "reward", "watch", "loss", "accuracy", "margin", "rewards/accuracies", "logps/accuracies",
+    "rewards/margins", "logps/chosen", "logps/rejected", "kl", "mean_token_accuracy",
+    "completions/mean_length",
 )  # fmt: skip
 
 
@@ -81,6 +82,13 @@ def _train(context: click.Context, method: str, values: dict) -> int:
             click.echo(f"stopped. Go on with:\n  mlx-align {method} --resume {console.folder}")
             return 130
     console.end_line()
+    if result.stopped:
+        click.echo(
+            f"stopped after step {result.steps} by --stop-on-hacking ({result.stopped}); a checkpoint was "
+            f"written. The best one so far is {result.folder}/checkpoints/best, of step "
+            f"{result.best_step}. To go on all the same:\n  mlx-align {method} --resume {result.folder}"
+        )
+        return 0
     if not result.finished:
         click.echo(f"stopped after step {result.steps}; a checkpoint was written. Go on with:")
         click.echo(f"  mlx-align {method} --resume {result.folder}")
@@ -102,7 +110,7 @@ def _show_result(method: str, result) -> None:
                 rows.append([name, *cells])
         click.echo("\n" + table(["held-out data", "before", "after", "change"], rows))
         if result.best_step != result.steps:
-            name, rising = METHODS[method].monitor
+            name, rising = result.monitor
             best = f"{'highest' if rising else 'lowest'} held-out {name}"
             click.echo(f"{best} was at step {result.best_step}: {result.folder}/checkpoints/best")
     click.echo(f"\nrun folder: {result.folder}")

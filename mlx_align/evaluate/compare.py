@@ -21,12 +21,9 @@ from mlx_align.evaluate.harness import TaskResult, check_harness, run_tasks
 from mlx_align.evaluate.heldout import run_beta
 from mlx_align.evaluate.judge import (
     MOST_DISAGREEMENT,
-    Duel,
     counts,
-    judge_duels,
     mean_reward,
     reward_answers,
-    spoken,
     win_rate,
 )
 from mlx_align.evaluate.measures import (
@@ -40,6 +37,7 @@ from mlx_align.evaluate.measures import (
 )
 from mlx_align.evaluate.statistics import FEWEST_PROMPTS, LEVEL, RESAMPLES, Measure
 from mlx_align.evaluate.verdict import Verdict, judge_changes
+from mlx_align.rollout.judge import Duel, Judge, spoken
 from mlx_align.rollout.sampler import SamplingSettings
 from mlx_align.settings import build
 
@@ -343,7 +341,7 @@ def _wins(duels, options, sides) -> tuple[list[Measure], list[Measure], list[str
         )
 
     if options.judge:
-        results, disagreed = judge_duels(options.judge, duels, options.progress)
+        results, disagreed = Judge(options.judge).results(duels, options.progress)
         how = f"asked in both orders, which disagreed in {disagreed:.0%}; these count as ties"
         # Ties of a judge that goes by position do not say that the answers are equally good.
         blind = disagreed > MOST_DISAGREEMENT

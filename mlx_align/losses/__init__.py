@@ -1,7 +1,7 @@
 """All methods; importing this package fills the register."""
 
-from mlx_align.losses import labels, likelihood, policy, preference, reward, sft
+from mlx_align.losses import labels, likelihood, policy, preference, reward, selfplay, sft
 from mlx_align.losses.base import METHODS, Loss, Method, Pairs, Scores
 
 __all__ = ["METHODS", "Loss", "Method", "Pairs", "Scores"]
-__all__ += ["labels", "likelihood", "policy", "preference", "reward", "sft"]
+__all__ += ["labels", "likelihood", "policy", "preference", "reward", "selfplay", "sft"]

@@ -179,6 +179,10 @@ class Method(Settings):
     temperature: ClassVar[float] = 1.0
     # The held-out metric that tells the best checkpoint, and whether it is to rise.
     monitor: ClassVar[tuple[str, bool]] = ("loss", False)
+    # Whether to stop where a reward looks hacked; a setting of the methods that have rewards.
+    stop_on_hacking: ClassVar[bool] = False
+    # Show what was sampled every n steps, likewise.
+    show_every: ClassVar[int] = 0
     # What the model gives: "tokens" (log-probabilities), or by a scalar head "rewards" (of completions)
     # or "values" (of states).
     reads: ClassVar[str] = "tokens"

@@ -4,6 +4,7 @@ Notation: rho = exp(log pi - log pi_old) of a token, A its advantage, e the clip
 is rewarded and how rewards become advantages is the business of `rollout`; a method only says which.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,15 +21,34 @@ class Online(Method):
 
     reward: tuple[str, ...] = setting(
         (),
-        "What completions are rewarded by: the run of a reward model, my_rewards.py:function, or a "
-        "built-in verifier (see mlx-align verifiers), each with a weight like gsm8k*2.",
+        "What completions are rewarded by: the run of a reward model, my_rewards.py:function, a "
+        "built-in verifier (see mlx-align verifiers), or judge:MODEL, each with a weight like gsm8k*2.",
     )
-    group_size: int = setting(8, "Completions sampled for each prompt.", minimum=1)
+    reward_clip: float | None = setting(
+        None, "Hold the sum of rewards between minus this and this.", above=0
+    )
+    watch: tuple[str, ...] = setting(
+        (),
+        "Further rewards, measured on held-out prompts and never trained on. They say which checkpoint "
+        "is the best, and a reward that rises while they fall is reported as hacked.",
+    )
+    kl_budget: float | None = setting(
+        None,
+        "KL of a completion to the reference, in nats, beyond which the run is reported.",
+        above=0,
+    )
+    stop_on_hacking: bool = setting(
+        False,
+        "Stop with a checkpoint as soon as the reward looks hacked or the KL budget is spent.",
+    )
     max_tokens: int = setting(
         256,
         "Longest completion in tokens.",
         minimum=1,
         aliases=("max_completion_length", "max_new_tokens"),
+    )
+    stop: tuple[str, ...] = setting(
+        (), "Texts that end a completion, besides the model's own end-of-turn tokens."
     )
     temperature: float = setting(1.0, "Temperature of the sampling.", above=0)
     top_p: float = setting(
@@ -37,6 +57,9 @@ class Online(Method):
         "and the gradient is biased.",
         above=0,
         maximum=1,
+    )
+    top_k: int = setting(
+        0, "Sample from the k most likely tokens; 0 for all. Biased as --top-p is.", minimum=0
     )
     iterations: int = setting(1, "Passes over the samples of a step.", minimum=1)
     minibatches: int = setting(1, "Optimizer steps in each pass.", minimum=1)
@@ -48,21 +71,32 @@ class Online(Method):
         "What the KL is taken to: start (the model as it is when training starts), or another model, "
         "adapter or run with the same vocabulary.",
     )
-    mask_unfinished: bool = setting(
-        False, "Leave completions out of the loss that did not end within --max-tokens."
+    unfinished_penalty: float = setting(
+        0.0, "Taken off the reward of a completion that did not end by itself.", minimum=0
+    )
+    show_every: int = setting(
+        10, "Show a sample with its reward every n steps; 0 for never.", minimum=0
     )
 
-    monitor: ClassVar[tuple[str, bool]] = ("reward", True)
-    # How rewards become advantages: "group", "leave-one-out", "return" or "gae".
+    # How rewards become advantages: "group", "leave-one-out", "return" or "gae"; or "pairs", where
+    # samples become chosen and rejected ones.
     advantage: ClassVar[str] = "group"
+    # Completions of a prompt.
+    group_size: ClassVar[int] = 2
+    # Who writes the last completion of a prompt: the policy like the others ("policy"), the reference,
+    # or the geometric mixture of both ("mixture").
+    opponent: ClassVar[str] = "policy"
     # What only some methods have as settings.
     dynamic_sampling: ClassVar[bool] = False
     kl_target: ClassVar[float | None] = None
-    unfinished_penalty: ClassVar[float] = 0.0
+
+    @property
+    def monitor(self) -> tuple[str, bool]:
+        return ("watch" if self.watch else "reward", True)
 
     @property
     def uses_reference(self) -> bool:
-        return self.beta > 0
+        return self.beta > 0 or self.kl_budget is not None
 
     @property
     def needs_group(self) -> bool:
@@ -75,6 +109,15 @@ class Online(Method):
             raise SettingsError(
                 "group_size: must be at least 2; with one sample every advantage is 0"
             )
+
+    def advice(self, values: Sequence[float]) -> list[str]:
+        """Sampling that is cut makes the log-probabilities those of another distribution."""
+        if self.top_p == 1 and not self.top_k:
+            return []
+        return [
+            "--top-p and --top-k leave words out of the sampling that the log-probabilities count: the "
+            "KL may turn negative, and the gradient is biased. --temperature alone does neither."
+        ]
 
     def kl_loss(self, scores: Scores) -> mx.array:
         """beta * k3 of every token, with its gradient (Schulman 2020, Approximating KL divergence)."""
@@ -106,6 +149,7 @@ class Online(Method):
 class Clipped(Online):
     """What the methods share that hold the new policy near the one that sampled (PPO's clip)."""
 
+    group_size: int = setting(8, "Completions sampled for each prompt.", minimum=1)
     epsilon: float = setting(
         0.2, "How far the ratio of new and old probability counts.", above=0, below=1
     )
@@ -120,6 +164,9 @@ class Clipped(Online):
         "Largest ratio that counts at all, against negative advantages that explode (two-sided clip, "
         "INTELLECT-2, arXiv:2505.07291); above 1 + epsilon.",
         above=1,
+    )
+    mask_unfinished: bool = setting(
+        False, "Leave completions out of the loss that did not end within --max-tokens."
     )
 
     @property
@@ -145,6 +192,11 @@ class Clipped(Online):
 def by_completion(values: mx.array, scores: Scores) -> mx.array:
     """The sum of a token's values over each completion, float32[N]."""
     return mx.zeros_like(scores.length).at[scores.owner].add(values * scores.weight)
+
+
+def mean_by_completion(values: mx.array, scores: Scores) -> mx.array:
+    """The mean of a token's values over each completion, float32[N]; 0 where none counts."""
+    return by_completion(values, scores) / mx.maximum(scores.length, 1)
 
 
 @method(
@@ -195,8 +247,7 @@ class GRPO(Clipped):
             case "clip":
                 losses = self.clipped(ratio, advantage)
             case "gspo":
-                mean = by_completion(log_ratio, scores) / mx.maximum(scores.length, 1)
-                ratio = mx.exp(mean)[scores.owner]
+                ratio = mx.exp(mean_by_completion(log_ratio, scores))[scores.owner]
                 losses = self.clipped(ratio, advantage)
             case "cispo":
                 weight = mx.stop_gradient(mx.minimum(ratio, self.cap))
@@ -204,7 +255,7 @@ class GRPO(Clipped):
             case "sapo":
                 tau = mx.where(advantage > 0, 1.0, 1.05)
                 losses = -(4 / tau) * mx.sigmoid(tau * (ratio - 1)) * advantage
-        if self.uses_reference:
+        if self.beta:
             losses = losses + self.kl_loss(scores)
         total, weight = self.aggregate(losses, scores)
         return Loss(total, weight, self.policy_metrics(scores, ratio, *self.bounds))
@@ -213,10 +264,10 @@ class GRPO(Clipped):
         """Numerator and denominator of the loss."""
         if self.aggregation in ("dapo", "bnpo"):
             return (losses * scores.weight).sum(), scores.weight.sum()
-        sums, counted = by_completion(losses, scores), (scores.length > 0).astype(mx.float32)
         if self.aggregation == "grpo":
-            return (sums / mx.maximum(scores.length, 1)).sum(), counted.sum()
-        return sums.sum() / self.max_tokens, mx.array(float(scores.length.size))
+            counted = (scores.length > 0).astype(mx.float32)
+            return mean_by_completion(losses, scores).sum(), counted.sum()
+        return (losses * scores.weight).sum() / self.max_tokens, mx.array(float(scores.length.size))
 
 
 @method(
@@ -244,7 +295,7 @@ class RLOO(Clipped):
     def __call__(self, scores: Scores, context=None) -> Loss:
         ratio = mx.exp(by_completion(scores.token - scores.old_token, scores))
         # All tokens of a completion have the advantage of the completion.
-        advantage = by_completion(scores.advantage, scores) / mx.maximum(scores.length, 1)
+        advantage = mean_by_completion(scores.advantage, scores)
         counted = (scores.length > 0).astype(mx.float32)
         total = (self.clipped(ratio, advantage) * counted).sum()
         metrics = self.policy_metrics(scores, ratio[scores.owner], *self.bounds)
@@ -302,11 +353,14 @@ class PPO(Clipped):
     value_clip: float = setting(
         0.2, "How far the critic may move from its values at sampling.", above=0
     )
+    critic_start: str = setting(
+        "reward",
+        "What the critic begins as: the reward model, where there is one on the same base (reward), or "
+        "the bare model (policy).",
+        choices=("reward", "policy"),
+    )
     critic_rate: float = setting(
         5.0, "The critic's learning rate, as a multiple of the policy's.", above=0
-    )
-    unfinished_penalty: float = setting(
-        0.0, "Taken off the score of a completion that did not end by itself.", minimum=0
     )
 
     advantage: ClassVar[str] = "gae"

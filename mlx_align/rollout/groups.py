@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_align.model.load import LoadedModel
+from mlx_align.rollout.sampler import room
 
 # Sequences that are decoded together.
 DECODED_TOGETHER = {mx.cpu: 32, mx.gpu: 128}
@@ -20,8 +21,8 @@ DECODED_TOGETHER = {mx.cpu: 32, mx.gpu: 128}
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One completion: its ids with the end token (int32[C]), their log-probabilities when they were
-    sampled (float32[C]), and whether it ended by itself."""
+    """One completion: its ids with the end token or text (int32[C]), their log-probabilities when they
+    were sampled (float32[C]), and whether it ended by itself."""
 
     ids: np.ndarray
     logp: np.ndarray
@@ -36,11 +37,15 @@ def sample_groups(
     max_tokens: int,
     temperature: float,
     top_p: float = 1.0,
+    top_k: int = 0,
+    stop: Sequence[str] = (),
     seed: int = 0,
 ) -> list[list[Sample]]:
     """`count` samples of each prompt (ids), in the order of the prompts.
 
-    Log-probabilities are of the logits divided by the temperature, without the cut of `top_p`.
+    A sample ends at any of the model's end tokens, or as soon as its text has one of `stop`.
+    Log-probabilities are of the logits divided by the temperature, without the cuts of `top_p` and
+    `top_k`. Raises `SettingsError` where a prompt fills the model's context.
     """
     from mlx_lm.generate import BatchGenerator
     from mlx_lm.sample_utils import make_sampler
@@ -49,9 +54,8 @@ def sample_groups(
     mx.random.seed(seed)
     generator = BatchGenerator(
         loaded.model,
-        max_tokens=max_tokens,
         stop_tokens=[[t] for t in sorted(loaded.tokenizer.eos_token_ids)],
-        sampler=make_sampler(temperature, 0.0 if top_p == 1 else top_p),
+        sampler=make_sampler(temperature, 0.0 if top_p == 1 else top_p, top_k=top_k),
         completion_batch_size=DECODED_TOGETHER[mx.default_device().type],
     )
     try:
@@ -61,8 +65,10 @@ def sample_groups(
             [list(p[-1:]) for p in prompts for _ in range(count)],
             caches=[copy.deepcopy(c) for c in caches for _ in range(count)],
             all_tokens=[list(p[:-1]) for p in prompts for _ in range(count)],
+            max_tokens=[room(loaded, p, max_tokens) for p in prompts for _ in range(count)],
         )
-        samples = _decode(generator, uids, temperature)
+        ends = TextEnds(loaded.tokenizer, stop)
+        samples = _decode(generator, uids, temperature, ends)
     finally:
         generator.close()
     return [samples[i * count : (i + 1) * count] for i in range(len(prompts))]
@@ -80,19 +86,39 @@ def _prefill(loaded, prompt):
     return cache
 
 
-def _decode(generator, uids, temperature) -> list[Sample]:
+class TextEnds:
+    """Tells when sampled ids have come to a text that ends a completion."""
+
+    def __init__(self, tokenizer, texts: Sequence[str]):
+        self._tokenizer, self._texts = tokenizer, texts
+        # A token that ends within the text is at least one byte of it.
+        self._span = max((len(text.encode()) for text in texts), default=0) + 1
+
+    def __call__(self, ids: Sequence[int]) -> bool:
+        if not self._texts:
+            return False
+        tail = self._tokenizer.decode(ids[-self._span :])
+        return any(text in tail for text in self._texts)
+
+
+def _decode(generator, uids, temperature, ends: TextEnds) -> list[Sample]:
     ids = {uid: [] for uid in uids}
     logps = {uid: [] for uid in uids}
     finished: dict[int, bool] = {}
     while len(finished) < len(uids):
         responses = generator.next_generated()
-        chosen = []
+        chosen, ended = [], []
         for response in responses:
-            ids[response.uid].append(response.token)
+            uid = response.uid
+            ids[uid].append(response.token)
             scaled = response.logprobs.astype(mx.float32) / temperature
             chosen.append(scaled[response.token] - mx.logsumexp(scaled))
-            if response.finish_reason is not None:
-                finished[response.uid] = response.finish_reason == "stop"
+            if ends(ids[uid]):
+                finished[uid] = True
+                ended += [uid] if response.finish_reason is None else []
+            elif response.finish_reason is not None:
+                finished[uid] = response.finish_reason == "stop"
+        generator.remove(ended)
         for response, value in zip(responses, np.array(mx.stack(chosen)), strict=True):
             logps[response.uid].append(value)
     return [

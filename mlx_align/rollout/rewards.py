@@ -422,6 +422,7 @@ def parse_rewards(
         gsm8k   length:max=200   regex:PATTERN     a built-in verifier, with options
         my_rewards.py:correct                      a function in a Python file
         runs/reward-0712                           the run folder of a reward model
+        judge:mlx-community/Qwen3-4B-4bit          a local model that compares completions
         gsm8k*2   my_rewards.py:correct*0.5        each with a weight (1 if not given; 0 only reports)
 
     The weight is what follows the last "*", if that is a number; a pattern that ends like one gets a
@@ -456,6 +457,10 @@ def _parse(spec, timeout, open_model, modules) -> Reward:
     name = name.strip().replace("_", "-")
     if name in VERIFIERS:
         return VerifierReward(text, make_verifier(name, options.strip()), weight)
+    if name == "judge":
+        from mlx_align.rollout.judge import Judge, JudgeReward
+
+        return JudgeReward(text, Judge(options.strip()), weight)
     file = _FILE.fullmatch(text)
     if file:
         function = _load_function(Path(file["file"]).expanduser(), file["function"] or "", modules)
@@ -483,7 +488,7 @@ def _unknown(text: str) -> str:
     return (
         f"reward {text!r}: is no verifier, file or folder{nearest(name, VERIFIERS)}. Verifiers are "
         f"{', '.join(VERIFIERS)}; a function of your own is written my_rewards.py:function; a reward "
-        "model is the run folder of mlx-align reward."
+        "model is the run folder of mlx-align reward; judge:MODEL compares completions."
     )
 
 

@@ -1,15 +1,21 @@
-"""PPO's other models as adapters on the policy's base: the critic, and a reward model made on it.
+"""The models beside the policy, where possible on its base: reference, critic, reward model.
 
 One base is in memory. The policy's adapter is off while a role is worn, and on again afterwards.
 """
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
+from mlx_lm.models.cache import make_prompt_cache
 
+from mlx_align.data.packing import Batch
+from mlx_align.errors import SettingsError
 from mlx_align.losses.policy import Critic
 from mlx_align.model.adapter import (
     Adapter,
@@ -18,14 +24,69 @@ from mlx_align.model.adapter import (
     read_adapter_config,
     wear_adapter,
 )
-from mlx_align.model.forward import values
+from mlx_align.model.forward import token_scores, values
 from mlx_align.model.heads import attach_reward_head
+from mlx_align.model.load import LoadedModel
 from mlx_align.model.open import find_adapter, find_template_file
 from mlx_align.model.reward import RewardModel, open_reward_model, worn_reward_model
 from mlx_align.train.optimizer import Optimizer
-from mlx_align.train.source import Ground, Learner
+from mlx_align.train.source import Ground, Learner, open_reference
 
 log = logging.getLogger("mlx_align")
+
+
+class Reference:
+    """What the KL is taken to: what training started from, or another model."""
+
+    def __init__(self, ground: Ground):
+        settings = ground.settings
+        self._ground = ground
+        self._other: LoadedModel | None = None
+        self._start = ground.adapter.weights() if settings.adapter.start else None
+        if settings.method.reference != "start":
+            self._other = open_reference(ground)[0]
+        elif ground.adapter.kind == "full":
+            raise SettingsError(
+                "with --fine-tune full the reference is gone after the first step; name a --reference "
+                "model, or use --beta 0 and no --kl-budget"
+            )
+
+    @contextlib.contextmanager
+    def worn(self) -> Iterator[LoadedModel]:
+        """While this is open the model that it gives is the reference."""
+        if self._other is not None:
+            yield self._other
+            return
+        with self._ground.adapter.at_start(self._start):
+            yield self._ground.loaded
+
+    def log_probs(self, pack: Batch) -> np.ndarray:
+        """The reference's log-probabilities of a pack's table, float32[M]."""
+        temperature = self._ground.settings.method.temperature
+        with self.worn() as loaded:
+            return np.array(token_scores(loaded, pack, temperature=temperature).logp)
+
+
+class Mixture(nn.Module):
+    """A model that writes as a geometric mean of two does: log p = (1 - c) log pi + c log pi_ref + const.
+
+    Munos et al. 2023, arXiv:2312.00886, section 7.1. Its cache is that of both.
+    """
+
+    def __init__(self, policy: nn.Module, reference: Reference, share: float):
+        super().__init__()
+        self._policy, self._reference, self._share = policy, reference, share
+        self._own = len(make_prompt_cache(policy))
+
+    def make_cache(self) -> list:
+        """The policy's cache and the reference's behind it."""
+        with self._reference.worn() as loaded:
+            return make_prompt_cache(self._policy) + make_prompt_cache(loaded.model)
+
+    def __call__(self, tokens: mx.array, cache: list) -> mx.array:
+        logits = (1 - self._share) * self._policy(tokens, cache=cache[: self._own])
+        with self._reference.worn() as loaded:
+            return logits + self._share * loaded.model(tokens, cache=cache[self._own :])
 
 
 class SharedRewardModel:

@@ -61,7 +61,7 @@ def sample(
         return []
     loaded.model.eval()
     mx.random.seed(settings.seed)
-    limits = [_room(loaded, prompt, settings.max_tokens) for prompt in prompts]
+    limits = [room(loaded, prompt, settings.max_tokens) for prompt in prompts]
     response = batch_generate(
         loaded.model,
         loaded.tokenizer,
@@ -144,8 +144,8 @@ class Conversation:
         return "\n".join(m["content"] for m in self.messages)
 
 
-def _room(loaded, prompt, wanted: int) -> int:
-    """How many tokens fit behind a prompt."""
+def room(loaded, prompt, wanted: int) -> int:
+    """How many of the wanted tokens fit behind a prompt (ids)."""
     if not loaded.context_length:
         return wanted
     room = loaded.context_length - len(prompt)

@@ -2,167 +2,24 @@
 
 Every rule looks at what was seen so far and gives its text or None; each speaks once in a run. The
 rules know nothing of models, batches or files: the same rows give the same findings, so a resumed
-run feeds the old rows again and goes on.
-
-Rows of small batches are noisy. A rule therefore compares means over windows of many examples, asks
-for a change that is `SURE` standard errors away from chance, and for one that is large enough to
-matter. A single odd batch widens the standard error along with the mean, so it sets nothing off.
+run feeds the old rows again and goes on. The rules for methods that sample are in `train.hacking`.
 """
 
 import math
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from statistics import fmean, median
 
-# A window: at least this many steps and this many examples. The mean of 64 yes-no values has a standard
-# error of at most 1/16.
-WINDOW_STEPS, WINDOW_EXAMPLES = 10, 64
-# Standard errors that a difference needs. Windows are looked at after every step, so the usual 2
-# would be exceeded by chance in every longer run; 4 is exceeded once in 600 looks with ten rows, once in
-# 10,000 with sixty, and every rule asks for a large change besides.
-SURE = 4.0
-# Steps kept for rules that look further back than a window.
-KEPT_STEPS = 150
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What a rule found: its name, the step after which it spoke, and what to tell the user."""
-
-    rule: str
-    step: int
-    text: str
-
-
-@dataclass(frozen=True)
-class Level:
-    """The mean of a metric over a window, and the mean's standard error."""
-
-    mean: float
-    error: float
-
-    @classmethod
-    def of(cls, values: Sequence[float], scale: float = 1.0) -> "Level":
-        """The level of `scale` times the values; at least two of them."""
-        mean, count = fmean(values), len(values)
-        variance = sum((x - mean) ** 2 for x in values) / (count - 1)
-        return cls(scale * mean, abs(scale) * math.sqrt(variance / count))
-
-    def surely_below(self, value: float) -> bool:
-        """Below `value` by more than chance."""
-        return self.mean + SURE * self.error < value
-
-    def surely_above(self, value: float) -> bool:
-        """Above `value` by more than chance."""
-        return self.mean - SURE * self.error > value
-
-
-@dataclass
-class Seen:
-    """The run so far, as far as rules need it: its settings, its first rows and its last ones."""
-
-    method: str
-    settings: dict
-    total: int
-    uses_reference: bool
-    found: set[str] = field(default_factory=set)
-    first: list[dict] = field(default_factory=list)
-    recent: deque = field(default_factory=lambda: deque(maxlen=KEPT_STEPS))
-    held_out_first: dict | None = None
-    held_out_last: dict | None = None
-
-    def add(self, row: dict) -> None:
-        """Take in a row of metrics.jsonl."""
-        if row["split"] == "train":
-            self.recent.append(row)
-            if len(self.first) < max(self.window, 1 + self.rows_for(EARLY_STEPS, LENGTH_EXAMPLES)):
-                self.first.append(row)
-        else:
-            self.held_out_first = self.held_out_first or row
-            self.held_out_last = row
-
-    def rows_for(self, steps: int, examples: int) -> int:
-        """Rows that hold at least so many steps and examples."""
-        return max(steps, math.ceil(examples / self.settings.get("batch_size", 1)))
-
-    @property
-    def window(self) -> int:
-        """Rows in a window."""
-        return min(self.rows_for(WINDOW_STEPS, WINDOW_EXAMPLES), KEPT_STEPS)
-
-    @property
-    def step(self) -> int:
-        """Steps done."""
-        return self.recent[-1]["step"]
-
-    @property
-    def beta(self) -> float | None:
-        """The scale of the rewards; None where they do not tell how far the policy has moved.
-
-        They do where they are beta times a log-ratio to the model as it was at the start.
-        """
-        start = self.settings.get("reference", "start") == "start"
-        moves = self.settings.get("sync_every")
-        return self.settings.get("beta") if self.uses_reference and start and not moves else None
-
-    def last(self, name: str, count: int) -> list[float] | None:
-        """A metric in the last `count` training rows; None where they are not all there."""
-        rows = list(self.recent)[-count:]
-        values = [row[name] for row in rows if name in row]
-        return values if len(values) == count else None
-
-    def level(self, name: str, scale: float = 1.0) -> Level | None:
-        """The level of `scale` times a metric in the last window; None while there is none.
-
-        There is none either while the learning rate still rises: what happens during the warm-up
-        says nothing of the run. Half of the rows must have the metric: a small batch may lack a side.
-        """
-        rows = list(self.recent)[-self.window :]
-        values = [row[name] for row in rows if name in row]
-        if len(rows) < self.window or 2 * len(values) < self.window:
-            return None
-        if rows[0].get("learning_rate", 0.0) < rows[-1].get("learning_rate", 0.0):
-            return None
-        return Level.of(values, scale)
-
-    def log_ratio(self, side: str) -> Level | None:
-        """Mean log pi - log pi_ref of the "chosen" or "rejected" completions, in nats."""
-        return self.level(f"rewards/{side}", 1 / self.beta) if self.beta else None
-
-    def margin(self) -> Level | None:
-        """The chosen log-ratio minus the rejected one, in nats."""
-        chosen, rejected = self.log_ratio("chosen"), self.log_ratio("rejected")
-        if chosen is None or rejected is None:
-            return None
-        # Within pairs, the sides' noise partly cancels.
-        pairs = self.level("rewards/margins", 1 / self.beta)
-        error = math.hypot(chosen.error, rejected.error)
-        return pairs or Level(chosen.mean - rejected.mean, error)
-
-    def reference_logp(self, side: str) -> float | None:
-        """Mean log-probability under the reference of the last window's completions."""
-        ratio, logp = self.log_ratio(side), self.level(f"logps/{side}")
-        return logp.mean - ratio.mean if ratio and logp else None
-
-    def start_loss(self) -> Level | None:
-        """The loss before anything was learned.
-
-        Where every pair has the same loss as long as policy and reference are equal, the first row's
-        is exact. Otherwise it is the first window's mean.
-        """
-        if self.beta and self.first and "nll_loss" not in self.first[0]:
-            loss, held_out = self.first[0]["loss"], self.held_out_first
-            if held_out is None or held_out["step"] or _close(loss, held_out["loss"]):
-                return Level(loss, 0.0)
-        if len(self.first) < self.window:
-            return None
-        return Level.of([row["loss"] for row in self.first[: self.window]])
-
-
-def _close(a: float, b: float) -> bool:
-    return math.isclose(a, b, rel_tol=0.01)
-
+from mlx_align.train.course import (
+    EARLY_STEPS,
+    FAR_NATS,
+    LENGTH_EXAMPLES,
+    SURE,
+    Finding,
+    Level,
+    Seen,
+    brief,
+)
+from mlx_align.train.hacking import HACKING_RULES, SAMPLING_RULES
 
 # ------------------------------------------------------------------------------------ the gradient
 
@@ -219,14 +76,14 @@ def gradient_spikes(seen: Seen) -> str | None:
         return None
     usual = median(rows[-SPIKE_BEFORE:])
     guard = (
-        f"--max-grad-norm {_n(clip)} cuts each of them down, but their direction still counts"
+        f"--max-grad-norm {brief(clip)} cuts each of them down, but their direction still counts"
         if clip
         else "nothing cuts them down: --max-grad-norm 1 would"
     )
     return (
         f"The gradient has spiked {len(spikes)} times in the last {SPIKE_STEPS} steps, up to "
-        f"{_n(max(rows[i] for i in spikes))} where {_n(usual)} is usual ({guard}). Usually the steps "
-        "are too large, or some examples are wrong (swapped sides, broken text). Lower "
+        f"{brief(max(rows[i] for i in spikes))} where {brief(usual)} is usual ({guard}). Usually the "
+        "steps are too large, or some examples are wrong (swapped sides, broken text). Lower "
         "--learning-rate, raise --batch-size, or look at the data with `mlx-align data check FILE`."
     )
 
@@ -253,8 +110,8 @@ def reference_is_policy(seen: Seen) -> str | None:
         return None
     return (
         f"After {seen.step} steps the policy is still exactly its reference: all rewards are 0, "
-        f"although there is a gradient ({_n(norms[-1])}). The updates do not reach the model, or the "
-        f"reference follows the policy. Usually --learning-rate ({_n(max(rates))} now) is too low "
+        f"although there is a gradient ({brief(norms[-1])}). The updates do not reach the model, or the "
+        f"reference follows the policy. Usually --learning-rate ({brief(max(rates))} now) is too low "
         "for the precision: raise it, or train with --dtype float32."
     )
 
@@ -319,14 +176,14 @@ def loss_stuck(seen: Seen) -> str | None:
     if moved is not None and moved >= JOINT_NATS:
         return (
             f"After {seen.step} of {seen.total} steps the loss is where it began "
-            f"({_n(unchanged[0])}, now {_n(unchanged[1])}), although the policy has moved "
-            f"({_n(moved)} nats): what it learns from some pairs does not hold for others. Look for "
+            f"({brief(unchanged[0])}, now {brief(unchanged[1])}), although the policy has moved "
+            f"({brief(moved)} nats): what it learns from some pairs does not hold for others. Look for "
             "swapped or random sides with `mlx-align data check FILE`."
         )
     rate = max(row.get("learning_rate", 0.0) for row in seen.recent)
     return (
-        f"After {seen.step} of {seen.total} steps the loss is where it began ({_n(unchanged[0])}, now "
-        f"{_n(unchanged[1])}): nothing is learned. Usually --learning-rate is too low ({_n(rate)} "
+        f"After {seen.step} of {seen.total} steps the loss is where it began ({brief(unchanged[0])}, now "
+        f"{brief(unchanged[1])}): nothing is learned. Usually --learning-rate is too low ({brief(rate)} "
         "now): try ten times as much. If that does not help, look at the examples with "
         "`mlx-align data check FILE`."
     )
@@ -334,8 +191,8 @@ def loss_stuck(seen: Seen) -> str | None:
 
 # --------------------------------------------------------------------------- too easy, too long
 
-# Steps and examples within which telling pairs apart counts as "at once", and the share right.
-EARLY_STEPS, EARLY_EXAMPLES, EASY = 8, 96, 0.95
+# Examples within which telling pairs apart counts as "at once", and the share right.
+EARLY_EXAMPLES, EASY = 96, 0.95
 # Chosen completions so many times as long as rejected ones (or the other way round) differ in
 # length before anything else; the pairs of HH harmless have 0.8. For sure it must be more than 1.2.
 LONGER, SURELY_LONGER = 1.5, 1.2
@@ -365,7 +222,7 @@ def accuracy_at_once(seen: Seen) -> str | None:
     ratio = _length_ratio(early)
     if ratio and not 1 / LONGER < ratio < LONGER:
         return what + (
-            f"Here it is the length: chosen completions have {_n(ratio)} times the tokens of rejected "
+            f"Here it is the length: chosen completions have {brief(ratio)} times the tokens of rejected "
             f"ones. {_length_remedy(seen)}"
         )
     return what + (
@@ -386,10 +243,6 @@ def _length_remedy(seen: Seen) -> str:
 
 # These divide by the length, or have their own way of keeping it out.
 LENGTH_NORMALISED = {"simpo", "alphapo", "orpo", "ipo", "dpo-norm"}
-LENGTH_EXAMPLES = 128
-# Sampled completions: half as long again, or a third shorter, than in the first window.
-DRIFT = 1.5
-SAMPLED_LENGTH = "completions/mean_length"  # TRL's name in methods that sample.
 
 
 def _length_ratio(rows: Sequence[dict]) -> float | None:
@@ -400,33 +253,11 @@ def _length_ratio(rows: Sequence[dict]) -> float | None:
 
 
 def length_drift(seen: Seen) -> str | None:
-    """Completions get longer or shorter, or the pairs will make them so.
+    """The pairs will make completions longer or shorter.
 
-    Sampled completions are measured. Without samples the pairs tell: a loss on sums of
-    log-probabilities learns length before quality where one side is mostly longer (Singhal et al.
-    2023, arXiv:2310.03716; Park et al. 2024, arXiv:2403.19159).
+    A loss on sums of log-probabilities learns length before quality where one side is mostly longer
+    (Singhal et al. 2023, arXiv:2310.03716; Park et al. 2024, arXiv:2403.19159).
     """
-    return _sampled_drift(seen) or _taught_drift(seen)
-
-
-def _sampled_drift(seen: Seen) -> str | None:
-    values = [row[SAMPLED_LENGTH] for row in seen.first[: seen.window] if SAMPLED_LENGTH in row]
-    now = seen.level(SAMPLED_LENGTH)
-    if now is None or len(values) < seen.window or seen.step < 2 * seen.window:
-        return None
-    start = Level.of(values)
-    sure = SURE * math.hypot(start.error, now.error) < abs(now.mean - start.mean)
-    if not sure or start.mean / DRIFT < now.mean < start.mean * DRIFT:
-        return None
-    direction = "longer" if now.mean > start.mean else "shorter"
-    return (
-        f"Sampled completions get {direction}: {_n(now.mean)} tokens, {_n(start.mean)} in the first "
-        "steps. If the task does not ask for that, the reward pays for length: read a few samples, "
-        "correct the reward, or raise --beta."
-    )
-
-
-def _taught_drift(seen: Seen) -> str | None:
     count = seen.rows_for(EARLY_STEPS, LENGTH_EXAMPLES)
     rows = seen.first[:count]
     if len(rows) < count or seen.settings.get("ld_alpha") is not None:
@@ -443,7 +274,7 @@ def _taught_drift(seen: Seen) -> str | None:
         return None
     direction = "longer" if ratio > 1 else "shorter"
     return (
-        f"Chosen completions have {_n(ratio)} times the tokens of rejected ones: the model will learn "
+        f"Chosen completions have {brief(ratio)} times the tokens of rejected ones: the model will learn "
         f"to answer {direction} before it learns anything else. {_length_remedy(seen)}"
     )
 
@@ -473,14 +304,14 @@ def displacement(seen: Seen) -> str | None:
         return None
     remedies = ["a lower --learning-rate", "fewer --epochs"]
     if seen.settings.get("sft_weight"):
-        remedies.insert(0, f"a higher --sft-weight ({_n(seen.settings['sft_weight'])} now)")
+        remedies.insert(0, f"a higher --sft-weight ({brief(seen.settings['sft_weight'])} now)")
     elif "sft_weight" in seen.settings:
         remedies.insert(0, "--sft-weight 0.1")
     return (
-        f"The chosen completions get less likely (log-probability {_n(start)} at the start, {_n(now)} "
-        f"now) while the margin grows ({_n(margin)}): likelihood displacement. A little is normal; "
-        "this much means that probability goes to completions nobody chose, often because the two "
-        f"sides of the pairs are nearly alike. What helps: {', '.join(remedies)}."
+        f"The chosen completions get less likely (log-probability {brief(start)} at the start, "
+        f"{brief(now)} now) while the margin grows ({brief(margin)}): likelihood displacement. A little "
+        "is normal; this much means that probability goes to completions nobody chose, often because the "
+        f"two sides of the pairs are nearly alike. What helps: {', '.join(remedies)}."
     )
 
 
@@ -509,9 +340,6 @@ def _chosen_held_out(seen: Seen) -> tuple[float, float, float] | None:
     return first["logps/chosen"], last["logps/chosen"], last["rewards/margins"]
 
 
-# Past a KL of some tens of nats the true reward falls again (Gao et al. 2022, arXiv:2210.10760; in DPO
-# as well: Rafailov et al. 2024, arXiv:2406.02900).
-FAR_NATS = 50.0
 # Pairs are not samples of the policy, and training may take much from the rejected ones. So both sides
 # must, in the mean, have lost as much log-probability as they had: up to 0.6 of it in published runs
 # with beta 0.01 that work, 2.1 and 3.4 in two that do not.
@@ -526,7 +354,7 @@ def kl_explodes(seen: Seen) -> str | None:
     """
     measured = seen.level("kl")
     if measured and measured.surely_above(FAR_NATS):
-        return _far(f"the KL to it is {_n(measured.mean)} nats", seen)
+        return _far(f"the KL to it is {brief(measured.mean)} nats", seen)
     chosen, rejected = seen.log_ratio("chosen"), seen.log_ratio("rejected")
     references = [seen.reference_logp(side) for side in ("chosen", "rejected")]
     if chosen is None or rejected is None or None in references:
@@ -535,7 +363,7 @@ def kl_explodes(seen: Seen) -> str | None:
     if not drift.surely_below(0) or -drift.mean < max(FAR_NATS, FAR_SHARE * -fmean(references)):
         return None
     return _far(
-        f"the completions of the data have lost {_n(-drift.mean)} nats, of {_n(-fmean(references))} "
+        f"the completions of the data have lost {brief(-drift.mean)} nats, of {brief(-fmean(references))} "
         "that they had",
         seen,
     )
@@ -543,10 +371,10 @@ def kl_explodes(seen: Seen) -> str | None:
 
 def _far(measure: str, seen: Seen) -> str:
     rate = max(row.get("learning_rate", 0.0) for row in seen.recent)
-    beta = f" (now {_n(seen.beta)})" if seen.beta else ""
+    beta = f" (now {brief(seen.beta)})" if seen.beta else ""
     return (
         f"The policy is far from its reference: {measure}. Such a model usually repeats itself or "
-        f"rambles. Lower --learning-rate (now up to {_n(rate)}), raise --beta{beta}, train fewer "
+        f"rambles. Lower --learning-rate (now up to {brief(rate)}), raise --beta{beta}, train fewer "
         "steps, or take an earlier checkpoint (checkpoints/best)."
     )
 
@@ -593,8 +421,8 @@ def loss_rises(seen: Seen) -> str | None:
         return None
     rate = max(row.get("learning_rate", 0.0) for row in seen.recent)
     return (
-        f"The loss has risen from {_n(risen[0])} to {_n(risen[1])}: the model is worse off than "
-        f"before. Usually --learning-rate is too high (up to {_n(rate)} now): take a tenth of it."
+        f"The loss has risen from {brief(risen[0])} to {brief(risen[1])}: the model is worse off than "
+        f"before. Usually --learning-rate is too high (up to {brief(rate)} now): take a tenth of it."
     )
 
 
@@ -612,19 +440,19 @@ def beta_too_high(seen: Seen) -> str | None:
     risen = _loss_above_start(seen)
     if moved < SETTLED_NATS and median(losses) < SETTLED * start.mean:
         what = (
-            f"The loss is settled ({_n(median(losses))}, {_n(start.mean)} at the start), but the policy "
-            f"is still nearly its reference ({_n(moved)} nats away): it will answer as before"
+            f"The loss is settled ({brief(median(losses))}, {brief(start.mean)} at the start), but the "
+            f"policy is still nearly its reference ({brief(moved)} nats away): it will answer as before"
         )
     elif moved < WORSE_NATS and risen:
         accuracy = seen.level("rewards/accuracies")
         right = f", with {accuracy.mean:.0%} of the pairs right" if accuracy else ""
         what = (
-            f"The loss is above its start ({_n(risen[1])}, {_n(risen[0])} at the start){right}, "
-            f"although the policy has hardly moved ({_n(moved)} nats): every small move costs too much"
+            f"The loss is above its start ({brief(risen[1])}, {brief(risen[0])} at the start){right}, "
+            f"although the policy has hardly moved ({brief(moved)} nats): every small move costs too much"
         )
     else:
         return None
-    return f"{what}. --beta {_n(seen.beta)} is too high here; try a tenth of it."
+    return f"{what}. --beta {brief(seen.beta)} is too high here; try a tenth of it."
 
 
 # A policy that has moved a margin of 20 nats, a third of the reference's log-probability, while the
@@ -649,8 +477,8 @@ def beta_too_low(seen: Seen) -> str | None:
     if not (runs_on or (_moved_margin(seen) and _unchanged_loss(seen) is not None)):
         return None
     return (
-        f"The margin is {_n(margin.mean)} nats by now, but times --beta {_n(seen.beta)} the loss sees "
-        f"only {_n(reward)} of it and does not slow the policy down: it will go on drifting from "
+        f"The margin is {brief(margin.mean)} nats by now, but times --beta {brief(seen.beta)} the loss "
+        f"sees only {brief(reward)} of it and does not slow the policy down: it will go on drifting from "
         "the reference. --beta is too low here; try ten times as much, or a lower --learning-rate."
     )
 
@@ -672,7 +500,7 @@ RULES: tuple[Callable[[Seen], str | None], ...] = (
     beta_too_low,
 )
 # The loss of a method that learns from its own samples says nothing: it starts at 0 and stays there.
-SAMPLING_RULES = (gradient_zero, gradient_spikes, length_drift)
+OF_SAMPLES = (gradient_zero, gradient_spikes, *HACKING_RULES, *SAMPLING_RULES)
 
 
 class Diagnosis:
@@ -692,14 +520,9 @@ class Diagnosis:
         if not seen.recent:
             return []
         findings = []
-        for rule in SAMPLING_RULES if "reward" in row else RULES:
+        for rule in OF_SAMPLES if "reward" in row else RULES:
             name = rule.__name__.replace("_", "-")
             if name not in seen.found and (text := rule(seen)):
                 seen.found.add(name)
-                findings.append(Finding(name, row["step"], text))
+                findings.append(Finding(name, row["step"], text, rule in HACKING_RULES))
         return findings
-
-
-def _n(value: float) -> str:
-    """A number as a person writes it."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

@@ -57,10 +57,15 @@ class Events:
     def on_eval(self, row: dict) -> None:
         """After every evaluation on held-out data."""
 
+    def on_samples(self, step: int, samples: list[dict]) -> None:
+        """What was sampled in a step, as rows of samples.jsonl; every few steps."""
+
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to. `before` and `after` are the held-out metrics, empty without held-out data."""
+    """What a run came to. `before` and `after` are the held-out metrics, empty without held-out data;
+    `monitor` is the one that tells the best step and whether it is to rise, `stopped` says why the run
+    stopped itself."""
 
     folder: Path
     steps: int
@@ -68,6 +73,8 @@ class Result:
     before: dict
     after: dict
     best_step: int | None
+    monitor: tuple[str, bool]
+    stopped: str
 
 
 @dataclass
@@ -355,11 +362,13 @@ def _loop(run: _Run, record: dict, should_stop) -> Result:
         run.metrics.write_samples(progress.step, work.samples)
         note(row)
         run.events.on_step(row, total)
+        if method.show_every and work.samples and progress.step % method.show_every == 0:
+            run.events.on_samples(progress.step, work.samples)
         last = progress.step == total
         if last or (eval_every and progress.step % eval_every == 0):
             after = _evaluate(run, progress, note)
             _keep_best(run, progress, after)
-        stopping = not last and should_stop()
+        stopping = not last and (should_stop() or bool(note.stopped))
         if stopping or (progress.step % settings.save_every == 0 and not last):
             run.checkpoints.save(adapter, optimizer, progress, source.keeps)
         if stopping:
@@ -382,6 +391,8 @@ def _loop(run: _Run, record: dict, should_stop) -> Result:
         record.get("before") or {},
         record.get("after") or {},
         progress.best_step,
+        method.monitor,
+        "" if finished else note.stopped,
     )
 
 
@@ -390,7 +401,9 @@ class _Notes:
 
     def __init__(self, run: _Run):
         settings = run.settings
-        self._metrics = run.metrics
+        self._metrics, self._stops = run.metrics, settings.method.stop_on_hacking
+        # Why the run is to stop, if it is.
+        self.stopped = ""
         self._diagnosis = Diagnosis(
             settings.method.name, settings.flat(), run.ground.total, settings.method.uses_reference
         )
@@ -401,6 +414,8 @@ class _Notes:
         self._metrics.write(row)
         for finding in self._diagnosis.update(row):
             log.warning("step %d: %s", finding.step, finding.text)
+            if finding.hacking and self._stops:
+                self.stopped = finding.rule
 
 
 def _evaluate(run: _Run, progress: Progress, note: _Notes) -> dict:

@@ -37,7 +37,7 @@ def captured(monkeypatch):
 
     def fake(settings, folder, **_):
         seen.append(settings)
-        return Result(folder, 1, True, {}, {}, None)
+        return Result(folder, 1, True, {}, {}, None, ("loss", False), "")
 
     monkeypatch.setattr(api, "train", fake)
     # What it takes to go on from an adapter is no setting's business.

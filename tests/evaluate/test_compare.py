@@ -1,6 +1,7 @@
 """The whole line on the embedded demo: files in, table, verdict and JSON out."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -168,11 +169,11 @@ def test_judge_and_reward_of_a_comparison(demo_run, monkeypatch):
     monkeypatch.setattr(module, "reward_answers", longer)
     judged = []
 
-    def judge(source, duels, progress):
+    def results(duels, progress):
         judged.extend(duels)
         return np.array([1.0, 0.0] + [0.5] * (len(duels) - 2)), 0.25
 
-    monkeypatch.setattr(module, "judge_duels", judge)
+    monkeypatch.setattr(module, "Judge", lambda source: SimpleNamespace(results=results))
     found = mlx_align.compare(demo_run, judge="some", reward="other", **QUICK)
     answers = found.as_dict()["answers"]
     assert [d.ours for d in judged] == [a["after"]["text"] for a in answers]
@@ -187,7 +188,8 @@ def test_judge_and_reward_of_a_comparison(demo_run, monkeypatch):
 
 
 def test_a_judge_that_goes_by_position_has_no_say(demo_run, monkeypatch):
-    monkeypatch.setattr(module, "judge_duels", lambda s, duels, p: (np.full(len(duels), 0.5), 0.9))
+    blind = SimpleNamespace(results=lambda duels, p: (np.full(len(duels), 0.5), 0.9))
+    monkeypatch.setattr(module, "Judge", lambda source: blind)
     found = mlx_align.compare(demo_run, judge="some", **QUICK)
     assert row(found.changes, "wins/judge_by_position").after == 0.5
     assert not any("judge" in reason for reason in found.verdict.reasons)

@@ -109,10 +109,10 @@ def test_ppo_and_its_critic_golden():
     assert float(critic.total / critic.weight) == pytest.approx(0.32655563, rel=1e-5)
 
 
-ONLINE = [n for n, m in METHODS.items() if m.data == "prompts"]
+POLICY = [n for n, m in METHODS.items() if m.data == "prompts" and m.advantage != "pairs"]
 VARIANTS = [("grpo", {"objective": o}) for o in ("clip", "gspo", "cispo", "sapo")]
 VARIANTS += [("grpo", {"aggregation": a}) for a in ("grpo", "dr-grpo")]
-VARIANTS += [(n, {}) for n in ONLINE if n != "grpo"]
+VARIANTS += [(n, {}) for n in POLICY if n != "grpo"]
 
 
 def gradient(name, settings, **changes):

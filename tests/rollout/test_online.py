@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 from train.test_loop import adapter, rows, same_bits, write_pairs
 
 from mlx_align import api
+from mlx_align.data.template import make_example
 from mlx_align.errors import SettingsError
 from mlx_align.losses import METHODS
 from mlx_align.model import open as open_module
@@ -17,8 +18,10 @@ from mlx_align.model.adapter import AdapterSettings, wear_adapter
 from mlx_align.model.forward import choose_layout
 from mlx_align.model.load import load_model
 from mlx_align.model.reward import open_reward_model
-from mlx_align.rollout.groups import sample_groups
-from mlx_align.rollout.roles import CriticRole, SharedRewardModel, open_shared
+from mlx_align.rollout.groups import Sample, sample_groups
+from mlx_align.rollout.lessons import PairTeacher
+from mlx_align.rollout.roles import CriticRole, Reference, SharedRewardModel, open_shared
+from mlx_align.rollout.rollouts import Rollout, Sampling
 from mlx_align.train import loop
 from mlx_align.train.config import RunSettings
 
@@ -92,7 +95,6 @@ def job(model_folder, tmp_path):
             "data": str(data),
             "output": str(tmp_path / output),
             "reward": (f"{judge}:vowels",),
-            "group_size": 4,
             "max_tokens": 8,
             "batch_size": 3,
             "steps": 4,
@@ -106,10 +108,11 @@ def job(model_folder, tmp_path):
     return make
 
 
-ONLINE = [n for n, m in METHODS.items() if m.data == "prompts"]
+ONLINE = {n: m for n, m in METHODS.items() if m.data == "prompts"}
+POLICY = [n for n, m in ONLINE.items() if m.advantage != "pairs"]
 
 
-@pytest.mark.parametrize("name", ONLINE)
+@pytest.mark.parametrize("name", POLICY)
 def test_the_first_ratio_is_one(name, job):
     run = api.train_model(name, **job("run", steps=2, beta=0.05, iterations=1))
     for row in (r for r in rows(run.folder) if r["split"] == "train"):
@@ -137,7 +140,7 @@ def test_resumed_runs_are_the_unbroken_ones(name, job, tmp_path):
     assert same_bits(adapter(whole), adapter(broken))
     assert (whole / "samples.jsonl").read_text() == (broken / "samples.jsonl").read_text()
     later = [r for r in rows(whole) if r["split"] == "train"][-1]
-    assert later["policy/approxkl_avg"] > 0
+    assert name not in POLICY or later["policy/approxkl_avg"] > 0
 
 
 @pytest.mark.parametrize("name", ONLINE)
@@ -305,6 +308,166 @@ def test_a_reward_is_needed_and_one_that_fits(job):
         api.train_model("grpo", **job("b", reward=("exact:solution",)))
     with pytest.raises(SettingsError, match=r"the reference is gone"):
         api.train_model("grpo", **job("c", fine_tune="full", beta=0.1))
+
+
+# -- comparisons ------------------------------------------------------------------------------------
+
+
+def test_pairs_are_the_best_and_the_worst_of_a_prompt(job):
+    run = api.train_model("online-dpo", **job("run", steps=2, group_size=4))
+    first, second = (r for r in rows(run.folder) if r["split"] == "train")
+    assert first["loss"] == pytest.approx(np.log(2), abs=1e-5)  # the policy still is the reference
+    assert first["objective/kl"] == pytest.approx(0, abs=1e-3)
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-5) and second["rewards/margins"] != 0
+    assert {"logps/chosen", "objective/entropy", "reward", "beta"} <= first.keys()
+
+
+def test_prompts_rewarded_alike_make_no_pair(job, tmp_path):
+    judge = tmp_path / "flat.py"
+    judge.write_text("def flat(prompt, completion):\n    return 1.0\n")
+    settings = job("run", steps=2, reward=(f"{judge}:flat",))
+    run = api.train_model("online-dpo", **settings)
+    assert [r["loss"] for r in rows(run.folder) if r["split"] == "train"] == [0.0, 0.0]
+    assert not any(x.any() for n, x in adapter(run.folder).items() if n.endswith("lora_b"))
+
+
+def make_ground(name, settings):
+    """A policy that has moved away from its start, and its reference."""
+    loaded = load_model(settings["model"])
+    choose_layout(loaded)
+    run = RunSettings.from_flat(name, settings, "test")
+    policy = wear_adapter(loaded.model, AdapterSettings(), seed=0)
+    moved = {
+        n: x + 0.5 * mx.random.normal(x.shape, key=mx.random.key(3))
+        for n, x in policy.weights().items()
+    }
+    policy.load(moved, "")
+    ground = SimpleNamespace(settings=run, loaded=loaded, adapter=policy)
+    return ground, Reference(ground)
+
+
+@pytest.mark.parametrize("name", ["xpo", "nash-md"])
+def test_the_second_sample_is_the_opponents(name, job):
+    """Its log-probabilities are those of the reference, or of the mixture of both."""
+    ground, reference = make_ground(name, job("x", temperature=0.7))
+    sampling = Sampling(ground.loaded, ground.settings.method, [], reference)
+    drawn = []
+    sampling.rewarded = lambda prompts, groups, own: drawn.extend(groups) or own
+    prompts = [SimpleNamespace(prompt=np.array(p)) for p in PROMPTS]
+    assert sampling.step(prompts, 5) == 1
+
+    def log_probs(ids):
+        return ground.loaded.model(mx.array([ids]))[0].astype(mx.float32)
+
+    for prompt, (mine, theirs) in zip(PROMPTS, drawn, strict=True):
+        for sample, share in ((mine, 0.0), (theirs, 1.0 if name == "xpo" else 0.5)):
+            ids = [*prompt, *sample.ids.tolist()]
+            own = log_probs(ids)
+            with reference.worn():
+                z = ((1 - share) * own + share * log_probs(ids)) / 0.7
+            logs = np.array(z - mx.logsumexp(z, axis=-1, keepdims=True))
+            places = np.arange(len(prompt) - 1, len(ids) - 1)
+            assert np.allclose(sample.logp, logs[places, sample.ids], atol=1e-3)
+
+
+def test_a_judge_decides(job, model_folder):
+    judge = f"judge:{model_folder('llama')}"
+    run = api.train_model("online-dpo", **job("run", steps=1, reward=(judge,), watch=(judge,)))
+    first = rows(run.folder)[0]
+    assert first["split"] == "valid" and first["watch"] == 0.5  # against the start's own answers
+    row = rows(run.folder)[1]
+    assert row["reward"] == pytest.approx(0.5)  # what one wins the other loses
+    nash = api.train_model("nash-md", **job("nash", steps=1, reward=(judge,)))
+    assert rows(nash.folder)[1]["rewards/probabilities"] == rows(nash.folder)[1]["reward"]
+
+
+def test_a_judge_gives_shares_and_other_rewards_utilities(job):
+    ground, reference = make_ground("nash-md", job("x"))
+    samples = [Sample(np.array([5, 6]), np.array([-1.0, -2.0]), True) for _ in range(2)]
+    prompt = make_example([1, 2], [[5]], [[True]], "here")
+    rollout = Rollout(
+        [prompt] * 2, [samples] * 2, [["a", "b"]] * 2, np.array([[1.0, 0.0], [0.5, 0.5]]), {}, 1
+    )
+    for judged, edge in ((True, 0.5), (False, 1 / (1 + np.exp(-1)) - 0.5)):
+        lessons, _ = PairTeacher(ground, reference, judged).teach(rollout, 0.1)
+        told = np.concatenate([part.advantage for part in lessons[0].policy])
+        assert np.allclose(told, [edge, edge, 0, 0])
+
+
+# -- where samples end, and what is watched -----------------------------------------------------------
+
+
+def test_a_text_ends_a_completion(loaded_model):
+    loaded = loaded_model()
+    decode = loaded.tokenizer.decode
+    free = [g[0] for g in sample_groups(loaded, PROMPTS, 1, **SAMPLING, seed=4)]
+    texts = [decode(s.ids.tolist()) for s in free]
+    ends = [text[3:5] for text in texts]
+    held = [g[0] for g in sample_groups(loaded, PROMPTS, 1, **SAMPLING, seed=4, stop=ends)]
+    for text, sample, whole in zip(texts, held, free, strict=True):
+        said = decode(sample.ids.tolist())
+        assert sample.finished and any(end in said for end in ends)
+        # Up to there it is the same sample, and one token less has no such text.
+        assert sample.ids.tolist() == whole.ids[: len(sample.ids)].tolist()
+        assert not any(end in decode(sample.ids[:-1].tolist()) for end in ends)
+        assert len(sample.logp) == len(sample.ids) and text.startswith(said)
+
+
+def test_rewards_do_not_see_the_text_that_ends(job, tmp_path):
+    seen, spy = tmp_path / "seen.txt", tmp_path / "spy.py"
+    spy.write_text(
+        "def spy(prompt, completion, finished):\n"
+        f"    open({str(seen)!r}, 'a').write(repr((completion, finished)) + '\\n')\n"
+        "    return 1.0 * len(completion)\n"
+    )
+    stop = tuple("aeiou ")
+    api.train_model("grpo", **job("run", reward=(f"{spy}:spy",), stop=stop, steps=1))
+    said = [eval(line) for line in seen.read_text().splitlines()]
+    assert not any(end in text for text, _ in said for end in stop)
+    assert any(finished for _, finished in said)
+
+
+def test_cut_sampling_is_warned_of(job, caplog):
+    api.train_model("grpo", **job("run", steps=1, top_k=5))
+    assert "the gradient is biased" in caplog.text
+
+
+def test_watched_rewards_are_measured_and_choose_the_best(job, tmp_path):
+    judge = tmp_path / "watch.py"
+    judge.write_text("def letters(prompt, completion):\n    return -float(len(completion))\n")
+    settings = job("run", watch=(f"{judge}:letters*0.5",), steps=4, eval_every=1)
+    run = api.train_model("grpo", **settings)
+    held_out = [r for r in rows(run.folder) if r["split"] == "valid"]
+    for row in held_out:
+        assert row["watch"] == pytest.approx(0.5 * row["watch/watch.py:letters/mean"])
+        assert row["watch_error"] >= 0 and "reward" in row
+    best = max(held_out[1:], key=lambda r: r["watch"])
+    assert run.best_step == best["step"] and run.monitor == ("watch", True)
+
+
+def test_rewards_are_held_at_the_clip_and_fragments_cost(job):
+    plain, clipped, fined = (
+        rows(api.train_model("grpo", **job(f"run{i}", steps=1, max_tokens=3, **changes)).folder)[1]
+        for i, changes in enumerate(({}, {"reward_clip": 0.5}, {"unfinished_penalty": 2.0}))
+    )
+    assert clipped["reward"] <= 0.5 and clipped["rewards/clipped_ratio"] > 0
+    fine = 2.0 * plain["completions/clipped_ratio"]
+    assert fined["reward"] == pytest.approx(plain["reward"] - fine)
+
+
+def test_a_hacked_reward_stops_the_run(job, tmp_path, caplog):
+    """The reward pays for what the watched one charges for."""
+    watch = tmp_path / "watch.py"
+    watch.write_text(
+        "def fewer(prompt, completion):\n    return -sum(c in 'aeiou' for c in completion)\n"
+    )
+    changes = {"watch": (f"{watch}:fewer",), "stop_on_hacking": True, "eval_every": 4}
+    settings = job("run", steps=40, batch_size=8, learning_rate=3e-2, valid_share=0.4, **changes)
+    run = api.train_model("grpo", **settings)
+    assert run.stopped and not run.finished and run.steps < 40
+    assert "The reward" in caplog.text and (run.folder / "checkpoints" / "best").is_dir()
+    again = api.train_model("grpo", resume=run.folder)
+    assert again.finished and not again.stopped
 
 
 def test_the_reward_climbs_on_the_demo(tmp_path):

@@ -302,6 +302,7 @@ def test_sampled_lengths_that_drift():
         {
             "step": i + 1, "split": "train", "loss": 0.0, "learning_rate": 1e-6,
             "grad_norm": rng.lognormal(0, 0.4), "completions/mean_length": rng.normal(100 + i, 10),
+            "reward": 0.5,
         }
         for i in range(100)
     ]  # fmt: skip
