@@ -8,6 +8,7 @@ _PUBLIC = {
     "generate": "mlx_align.api",
     "evaluate_model": "mlx_align.api",
     "sweep": "mlx_align.api",
+    "iterate": "mlx_align.api",
     "score": "mlx_align.api",
     "compare": "mlx_align.api",
     "compare_answers": "mlx_align.api",

@@ -2,7 +2,7 @@
 
 import dataclasses
 import datetime
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from mlx_align import demo
@@ -14,6 +14,7 @@ from mlx_align.evaluate.compare import Answers, Comparison, Evaluation
 from mlx_align.evaluate.sweep import Sweep, run_sweep
 from mlx_align.files import write_json
 from mlx_align.losses import METHODS
+from mlx_align.rollout.iterate import Iteration
 from mlx_align.rollout.sampler import Completion
 from mlx_align.settings import coerce, nearest, read_file, value_type
 from mlx_align.train.config import RunSettings, find_method, setting_names
@@ -99,6 +100,34 @@ def sweep(
         judge=compare if tokens else None,
         events=events,
         on_trial=on_trial,
+    )
+
+
+def iterate(
+    plan: str | Path | Mapping | None = None,
+    *,
+    events: Events | None = None,
+    on_round: Callable[[str, int, int], None] = lambda what, number, count: None,
+) -> Iteration:
+    """Rounds of sampling from the model, scoring the samples and training on them.
+
+    `plan` is a YAML or JSON file, or what one would hold (`rollout.iterate.Rounds`, with the settings
+    of `online-dpo` under `sample` and those of a method under `train`); without one, two rounds on the
+    demo. What was done before is not done again. With `label: true` the result may be waiting for
+    labels.
+
+    >>> iterate({"model": "runs/sft", "prompts": "prompts.jsonl", "sample": {"reward": ["runs/rm"]}})
+    """
+    from mlx_align.rollout.iterate import iterate as run_plan
+    from mlx_align.rollout.iterate import read_plan
+
+    chosen = read_plan(demo.PLAN if plan is None else plan)
+    return run_plan(
+        chosen,
+        lambda method, values: _resolve(values, method),
+        _train,
+        events=events,
+        on_round=on_round,
     )
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -22,6 +23,11 @@ def write_atomically(path: Path, content: str | Path) -> None:
 def write_json(path: Path, value) -> None:
     """`write_atomically` for plain data."""
     write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_rows(path: Path, rows: Iterable) -> None:
+    """`write_atomically` for plain data, one JSON line each."""
+    write_atomically(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
 
 
 def sync_folder(folder: Path) -> None:

@@ -21,6 +21,14 @@ _ONLINE = {"learning_rate": 1e-3}
 # What a right answer contains is in the demo's prompts, and says nothing of other data.
 _ONLINE_DATA = {"reward": ("contains",), "max_tokens": 40, "steps": 30}
 
+# Rounds of sampling and training that show what `mlx-align iterate` does.
+PLAN = {
+    "rounds": 2,
+    "prompts_per_round": 96,
+    "sample": {"reward": ["contains"], "group_size": 4, "max_tokens": 40},
+    "train": {"method": "dpo", "epochs": 2},
+}
+
 
 def settings(method: str, kind: str, own_data: bool) -> dict:
     """Settings that suit the demo model for a method that learns from `kind`, where a run does not say

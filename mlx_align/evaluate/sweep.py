@@ -13,8 +13,7 @@ from mlx_align.errors import SettingsError
 from mlx_align.evaluate.compare import Comparison
 from mlx_align.files import write_json
 from mlx_align.train.config import RunSettings, setting_names
-from mlx_align.train.loop import Events, Result
-from mlx_align.train.runlog import RUN, read_run
+from mlx_align.train.loop import Events, Result, train_once
 
 SWEEP = "sweep.json"
 # What trials are ranked by, the first that a method has. Losses come last: those of another beta or
@@ -112,25 +111,13 @@ def run_sweep(
         place = folder / "-".join(f"{name}={value}" for name, value in values.items())
         settings = {**resolve(values), "output": str(place)}
         run = RunSettings.from_flat(method, settings, "sweep")
-        after = _train(train, run, place, prepared, events)
+        after = train_once(train, run, place, prepared=prepared, events=events)
         if not after:
             raise SettingsError("a sweep needs held-out data to judge by; see --valid-share")
         trials.append(Trial(values, place, after, judge(place) if judge else None))
     sweep = pick_trial(trials)
     write_json(folder / SWEEP, sweep.as_dict())
     return sweep
-
-
-def _train(train, run: RunSettings, place: Path, prepared: dict, events) -> dict:
-    """The held-out metrics of a trial: of the run that is there, or of one made now."""
-    resume = (place / RUN).exists()
-    if resume:
-        record = read_run(place)
-        if record["settings"] != run.flat():
-            raise SettingsError(f"{place}: is a run with other settings; choose another --output")
-        if record["finished"]:
-            return record.get("after") or {}
-    return train(run, place, resume=resume, events=events, prepared=prepared).after
 
 
 def check_grid(method: str, grid: Mapping[str, Sequence]) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 from mlx_align.data.dataset import Dataset, DataSettings, load_dataset
 from mlx_align.data.stream import Stream
 from mlx_align.data.template import Encoder, Example
-from mlx_align.errors import AlignError, RunError, StaleReferenceError
+from mlx_align.errors import AlignError, RunError, SettingsError, StaleReferenceError
 from mlx_align.files import write_atomically
 from mlx_align.model.adapter import WEIGHTS, Adapter, wear_adapter
 from mlx_align.model.forward import choose_layout
@@ -35,7 +35,15 @@ from mlx_align.train.config import RunSettings
 from mlx_align.train.diagnosis import Diagnosis
 from mlx_align.train.optimizer import Optimizer, learning_rate_at
 from mlx_align.train.reference import model_fingerprint
-from mlx_align.train.runlog import Metrics, check_space, claim_folder, read_run, versions, write_run
+from mlx_align.train.runlog import (
+    RUN,
+    Metrics,
+    check_space,
+    claim_folder,
+    read_run,
+    versions,
+    write_run,
+)
 from mlx_align.train.source import Ground, Offline, Source
 from mlx_align.train.step import NOTHING, Totals, train_step
 
@@ -477,6 +485,23 @@ def _use_memory_well() -> None:
     working_set = mx.device_info()["max_recommended_working_set_size"]
     mx.set_wired_limit(working_set)
     mx.set_cache_limit(working_set // 8)
+
+
+def train_once(
+    train: Callable[..., Result], settings: RunSettings, folder: Path, **options
+) -> dict:
+    """The held-out metrics of the run of these settings in a folder, by `train` as far as it is not done.
+
+    Raises `SettingsError` where the folder holds a run of other settings.
+    """
+    resume = (folder / RUN).exists()
+    if resume:
+        record = read_run(folder)
+        if record["settings"] != settings.flat():
+            raise SettingsError(f"{folder}: is a run with other settings; choose another --output")
+        if record["finished"]:
+            return record.get("after") or {}
+    return train(settings, folder, resume=resume, **options).after
 
 
 def resume_settings(folder: Path) -> RunSettings:

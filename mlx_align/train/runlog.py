@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 
 from mlx_align.errors import RunError
-from mlx_align.files import write_atomically, write_json
+from mlx_align.files import write_json, write_rows
 
 RUN, METRICS, SAMPLES = "run.json", "metrics.jsonl", "samples.jsonl"
 
@@ -75,9 +75,7 @@ class Metrics:
         for path in (self.path, self.path.with_name(SAMPLES)):
             if path.exists():
                 kept = [row for row in _rows(path) if row["step"] <= step]
-                write_atomically(
-                    path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept)
-                )
+                write_rows(path, kept)
 
     def rows(self) -> list[dict]:
         """All complete rows."""
