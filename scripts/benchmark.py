@@ -85,12 +85,15 @@ def make_parser(description: str, batch_size: int) -> argparse.ArgumentParser:
     return parser
 
 
-def compare(contenders, args, show) -> dict:
-    """What every wanted contender gives, by name; `show(name, found)` is called as it comes in."""
+def compare(contenders, args, show, prepare=None) -> dict:
+    """What every wanted contender gives, by name; `show(name, found)` is called as it comes in.
+
+    `prepare(folder, args)` writes what they all work with; by default a model and batches of pairs.
+    """
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        prepare(folder, args)
+        (prepare or prepare_pairs)(folder, args)
         for name in contenders:
             if args.only and args.only not in name:
                 continue
@@ -129,7 +132,7 @@ def report_missing(module: str) -> bool:
 
 
 def read_batches(folder: Path) -> list:
-    """The batches that `prepare` wrote: lists of (prompt, chosen, rejected)."""
+    """The batches that were prepared: lists of (prompt, completion, completion, ...) as ids."""
     return json.loads((folder / "batches.json").read_text())
 
 
@@ -148,8 +151,25 @@ def summary(measured: Measured, tokens: list[int]) -> dict:
 # -- the model and the batches -----------------------------------------------------------------------
 
 
-def prepare(folder, args):
-    """The model and the batches, the same for all."""
+def prepare_pairs(folder, args):
+    """The model and the batches of pairs, the same for all."""
+    texts = read_texts(args.data) if args.data else None
+    words = make_model(folder, args, texts)
+    rng = random.Random(0)
+    pairs = tokenise(folder, texts, args) if texts else made_up(rng, words)
+    batches = make_batches(pairs, rng, args)
+    (folder / "batches.json").write_text(json.dumps(batches))
+    measured = [p for batch in batches[1:] for p in batch]
+    packed = sum(len(p) + len(c) + len(r) for p, c, r in measured)
+    print(
+        f"batches of {args.batch_size} pairs: {len(batches) - 1}, {pair_tokens(measured)} tokens, "
+        f"{packed} with prompts shared",
+        flush=True,
+    )
+
+
+def make_model(folder, args, texts=None) -> int:
+    """The random model with its tokenizer, trained on `texts` if there are any; how many words it has."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
     from mlx_lm.models import llama
@@ -160,21 +180,9 @@ def prepare(folder, args):
     weights = dict(tree_flatten(model.parameters()))
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
     (folder / "config.json").write_text(json.dumps(shape))
-    print(
-        f"{sum(w.size for w in weights.values()) / 1e6:.1f} M parameters, batch {args.batch_size} pairs"
-    )
-    texts = read_texts(args.data) if args.data else None
+    print(f"{sum(w.size for w in weights.values()) / 1e6:.1f} M parameters")
     make_tokenizer(folder, texts, shape["vocab_size"])
-    rng = random.Random(0)
-    pairs = tokenise(folder, texts, args) if texts else made_up(rng, shape["vocab_size"])
-    batches = make_batches(pairs, rng, args)
-    (folder / "batches.json").write_text(json.dumps(batches))
-    measured = [p for batch in batches[1:] for p in batch]
-    packed = sum(len(p) + len(c) + len(r) for p, c, r in measured)
-    print(
-        f"{len(batches) - 1} batches, {pair_tokens(measured)} tokens, {packed} with prompts shared",
-        flush=True,
-    )
+    return shape["vocab_size"]
 
 
 def make_batches(pairs, rng, args):
@@ -272,7 +280,7 @@ class Weights(NamedTuple):
 
 
 def read_weights(folder: Path) -> Weights:
-    """Those of the model that `prepare` wrote."""
+    """Those of the model that `make_model` wrote."""
     return Weights.of(json.loads((folder / "config.json").read_text()))
 
 

@@ -29,7 +29,7 @@ def run(script, *arguments):
 def test_one_contender_of_a_benchmark(script, name):
     output = run(script, "--tiny", "--steps", 1, "--batch-size", 2, "--only", name)
     (found,) = json.loads(output.splitlines()[-1]).values()
-    tokens = int(re.search(r"1 batches, (\d+) tokens", output)[1])
+    tokens = int(re.search(r"pairs: 1, (\d+) tokens", output)[1])
     assert found["seconds_per_step"] > 0
     assert found["tokens_per_second"] * found["seconds_per_step"] == pytest.approx(tokens)
     assert 0 < found["peak_gb"] < found["rss_gb"] < 4

@@ -7,7 +7,7 @@ import click
 
 from mlx_align.cli.console import Console, open_console, table
 from mlx_align.cli.options import SettingOption, SettingsCommand, given, settings_options
-from mlx_align.errors import SettingsError
+from mlx_align.errors import AlignError, SettingsError
 from mlx_align.losses import METHODS
 from mlx_align.train.config import GROUPS, setting_names
 
@@ -81,6 +81,14 @@ def _train(context: click.Context, method: str, values: dict) -> int:
                 raise
             click.echo(f"stopped. Go on with:\n  mlx-align {method} --resume {console.folder}")
             return 130
+        except AlignError as error:
+            console.end_line()
+            if console.folder is None or not any(console.folder.glob("checkpoints/step-*")):
+                raise
+            raise type(error)(
+                f"{error}\nWhat was learnt so far is kept. When that is mended, go on with:\n"
+                f"  mlx-align {method} --resume {console.folder}"
+            ) from error
     console.end_line()
     if result.stopped:
         click.echo(

@@ -18,6 +18,8 @@ _SETTINGS = {
     "ipo": {"learning_rate": 5e-4, "beta": 0.5},
 }
 _ONLINE = {"learning_rate": 1e-3}
+# Several passes over the samples of a step take larger ones together.
+_PPO = {"learning_rate": 5e-4, "group_size": 4, "steps": 40}
 # What a right answer contains is in the demo's prompts, and says nothing of other data.
 _ONLINE_DATA = {"reward": ("contains",), "max_tokens": 40, "steps": 30}
 
@@ -34,7 +36,8 @@ def settings(method: str, kind: str, own_data: bool) -> dict:
     """Settings that suit the demo model for a method that learns from `kind`, where a run does not say
     otherwise; `own_data` says that it learns from the demo's data."""
     if kind == "prompts":
-        return _ONLINE | _ONLINE_DATA if own_data else _ONLINE
+        chosen = _ONLINE | _ONLINE_DATA if own_data else _ONLINE
+        return chosen | _PPO if method == "ppo" else chosen
     return _SETTINGS.get(method, {"learning_rate": 5e-4})
 
 

@@ -84,7 +84,6 @@ class OnlineSource:
         metrics = {
             **rollout.metrics(self._method.reward_clip),
             "rollout/tokens_per_second": new / sampled,
-            "rollout/seconds": time.perf_counter() - began,
             **found,
         }
         if self._method.uses_reference:
@@ -95,7 +94,8 @@ class OnlineSource:
                 state = {**state, "beta": steered.update(kl, len(rollout.samples))}
         if filtered:
             metrics["rollout/prompts_filtered"] = float(filtered)
-        return Work(self._updates(lessons, step), state, tokens, metrics, rollout.written())
+        updates = self._updates(lessons, step)
+        return Work(updates, state, tokens, metrics, rollout.written(), sampled)
 
     def measure(self, state: dict) -> dict[str, float]:
         """Rewards and watched rewards of one sample of each held-out prompt."""

@@ -323,7 +323,13 @@ def _loop(run: _Run, record: dict, should_stop) -> Result:
             progress.step, total, run.settings.learning_rate, settings.schedule, settings.warmup
         )
         started = time.perf_counter()
-        work = source.work(progress.step, progress.method_state)
+        try:
+            work = source.work(progress.step, progress.method_state)
+        except AlignError:
+            # A user's reward function may fail after hours; what was learnt so far is kept.
+            if progress.step:
+                run.checkpoints.save(adapter, optimizer, progress, source.keeps)
+            raise
         # Dropout then depends on the step alone, and a resumed run draws what the unbroken one drew.
         mx.random.seed(settings.seed * 1_000_003 + progress.step)
         totals, norms = NOTHING, []
@@ -367,6 +373,8 @@ def _loop(run: _Run, record: dict, should_stop) -> Result:
             "peak_memory_gb": mx.get_peak_memory() / 1e9,
             "seconds": progress.seconds,
         }
+        if work.sampling:
+            row["rollout/share"] = work.sampling / seconds
         run.metrics.write_samples(progress.step, work.samples)
         note(row)
         run.events.on_step(row, total)

@@ -65,7 +65,7 @@ class Work:
     """One step of the loop: its updates, the method's state after it, and what is to be recorded.
 
     `tokens` are counted as a user would, every completion with its prompt; `samples` go to
-    samples.jsonl.
+    samples.jsonl, and `sampling` is how many seconds it took to get them.
     """
 
     updates: Iterable[Update]
@@ -73,6 +73,7 @@ class Work:
     tokens: int
     metrics: dict[str, float] = field(default_factory=dict)
     samples: list[dict] = field(default_factory=list)
+    sampling: float = 0.0
 
 
 class Source(Protocol):
