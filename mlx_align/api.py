@@ -215,6 +215,8 @@ def export_model(
     *,
     output: str | Path | None = None,
     quantize: str | None = None,
+    imatrix: str | Path | None = None,
+    calibrate: str | Path | None = None,
     dtype: str | None = None,
     name: str | None = None,
     base: str | None = None,
@@ -222,11 +224,14 @@ def export_model(
     """Merge a run's adapter into its model and write it for other programs; returns the path.
 
     `to` is "mlx", "hf", "gguf" or "ollama"; `quantize` the GGUF type, `dtype` that of folders,
-    `name` the model's name in Ollama.
+    `name` the model's name in Ollama. What rounding costs each weight comes from the file `imatrix`
+    of llama-imatrix, or is measured over the text file `calibrate`.
     """
     from mlx_align.export.folder import export_folder
     from mlx_align.export.gguf import export_gguf
+    from mlx_align.export.importance import measure_importance, read_imatrix
     from mlx_align.export.ollama import export_ollama
+    from mlx_align.export.recipe import FILE_TYPES, UNWEIGHTED
     from mlx_align.model.load import STORED
     from mlx_align.model.open import open_model
 
@@ -236,6 +241,16 @@ def export_model(
     name = name or folder.resolve().name
     if quantize is None:
         quantize = "q8_0" if to == "ollama" else "f16"
+    if quantize not in FILE_TYPES:
+        raise SettingsError(f"quantize: {quantize!r} is not one of {', '.join(FILE_TYPES)}")
+    if imatrix or calibrate:
+        if imatrix and calibrate:
+            raise SettingsError("imatrix and calibrate: give one importance matrix, not two")
+        if to not in ("gguf", "ollama") or quantize in UNWEIGHTED:
+            raise SettingsError(
+                f"{'imatrix' if imatrix else 'calibrate'}: only matters to GGUF of other types than "
+                f"{', '.join(UNWEIGHTED)}; choose one with quantize"
+            )
     if output is not None:
         path = Path(output).expanduser()
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -249,10 +264,15 @@ def export_model(
         raise ExportError(
             f"{source}: is a reward model, which only transformers can run; use --to hf"
         )
+    importance = None
+    if imatrix:
+        importance = read_imatrix(Path(imatrix).expanduser())
+    elif calibrate:
+        importance = measure_importance(loaded, Path(calibrate).expanduser())
     if to == "gguf":
-        return export_gguf(loaded, path, quantise=quantize)
+        return export_gguf(loaded, path, quantise=quantize, importance=importance)
     if to == "ollama":
-        return export_ollama(loaded, path, quantise=quantize, name=name)
+        return export_ollama(loaded, path, quantise=quantize, importance=importance, name=name)
     return export_folder(loaded, path, flavour=to, dtype=dtype)
 
 

@@ -10,6 +10,10 @@ from mlx_align.cli.options import (
 )
 
 TARGETS = ("mlx", "hf", "gguf", "ollama")
+GGUF_TYPES = (
+    "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1",
+    "q4_0", "q3_k_m", "q2_k",
+)  # fmt: skip
 
 
 def commands() -> list[click.Command]:
@@ -27,6 +31,8 @@ def _export() -> click.Command:
             values["to"],
             output=values["output"],
             quantize=values["quantize"],
+            imatrix=values["imatrix"],
+            calibrate=values["calibrate"],
             dtype=values["dtype"],
             name=values["name"],
             base=values["model"],
@@ -48,8 +54,19 @@ def _export() -> click.Command:
             option("--output", help="Where to write. Default: in the run folder, under export/."),
             option(
                 "--quantize",
-                type=click.Choice(["f32", "f16", "bf16", "q8_0"]),
-                help="Type of the weights in GGUF. Default: f16 for gguf, q8_0 for ollama.",
+                type=click.Choice(GGUF_TYPES),
+                help="Type of the weights in GGUF, the larger first. Default: f16 for gguf, q8_0 for ollama. "
+                "q4_1 keeps the weights of a base that MLX quantised to 4 bits or fewer, q5_1 also of 5.",
+            ),
+            option(
+                "--imatrix",
+                metavar="FILE",
+                help="Importance matrix of llama-imatrix: what an error in each column of a weight costs.",
+            ),
+            option(
+                "--calibrate",
+                metavar="TEXT_FILE",
+                help="Measure the importance matrix here, over this text.",
             ),
             option(
                 "--dtype",

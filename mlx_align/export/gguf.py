@@ -1,15 +1,20 @@
 """GGUF files that llama.cpp, Ollama and LM Studio run."""
 
+import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import gguf
 import mlx.core as mx
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
+from gguf import GGMLQuantizationType, GGUFWriter
 
 from mlx_align.errors import ExportError
-from mlx_align.export.fuse import check_exportable, fused_tensors
+from mlx_align.export.fuse import Packed, check_exportable, fused_tensors
+from mlx_align.export.importance import match_importance
+from mlx_align.export.quants import EXACT_BITS, is_exact, quantise_tensor, repack
+from mlx_align.export.recipe import FILE_TYPES, tensor_types
 from mlx_align.export.vocabulary import Vocabulary, read_vocabulary, write_vocabulary
 from mlx_align.files import sync_folder
 from mlx_align.model.load import LoadedModel
@@ -20,12 +25,7 @@ ARCHITECTURES = {
     "qwen2": gguf.MODEL_ARCH.QWEN2,
     "qwen3": gguf.MODEL_ARCH.QWEN3,
 }
-TYPES = {
-    "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
-    "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
-    "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
-    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
-}
+log = logging.getLogger("mlx_align")
 
 
 def export_gguf(
@@ -33,12 +33,15 @@ def export_gguf(
     output: Path,
     *,
     quantise: str = "f16",
+    importance: Mapping[str, np.ndarray] | None = None,
     vocabulary: Vocabulary | None = None,
 ) -> Path:
     """Write the model with its adapter merged in as one GGUF file.
 
-    `quantise` is one of `TYPES`; vectors and norms stay float32. Everything that llama.cpp could not
-    run is refused before anything is written. `vocabulary` stands in for the model's own.
+    `quantise` is one of `recipe.FILE_TYPES`; vectors and norms stay float32. `importance` is a matrix
+    as `importance` reads or measures it. Layers of a quantised base without an adapter keep their
+    weights exactly in q4_1 (up to 4 bits) and q5_1 (up to 5). Everything that llama.cpp could not run
+    is refused before anything is written. `vocabulary` stands in for the model's own.
     """
     kind = check_exportable(loaded, ARCHITECTURES, "GGUF")
     config = loaded.config.get("text_config") or loaded.config
@@ -51,9 +54,9 @@ def export_gguf(
     writer = GGUFWriter(str(temporary), gguf.MODEL_ARCH_NAMES[architecture])
     _write_keys(writer, config, loaded.name, quantise)
     write_vocabulary(writer, vocabulary)
-    plan = _plan(loaded, config, names, TYPES[quantise][0])
+    plan = _plan(loaded, config, names, quantise, importance)
     try:
-        for name, shape, tensor_type, _ in plan:
+        for name, shape, tensor_type, *_ in plan:
             size = int(np.prod(shape)) // shape[-1] * _row_bytes(shape[-1], tensor_type)
             stored = (
                 shape
@@ -67,8 +70,8 @@ def export_gguf(
         writer.write_ti_data_to_file()
         while plan:
             # Taken out of the plan, a merged array is gone once it is written.
-            _, _, tensor_type, array = plan.pop(0)
-            writer.write_tensor_data(_encode(array, tensor_type))
+            name, _, tensor_type, array, weights = plan.pop(0)
+            writer.write_tensor_data(_encode(name, array, tensor_type, weights))
         writer.close()
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
@@ -88,22 +91,19 @@ def _row_bytes(width: int, tensor_type) -> int:
     return width // block * size
 
 
-def _encode(array: mx.array, tensor_type) -> np.ndarray:
-    values = np.array(array.astype(mx.float32))
-    if tensor_type == GGMLQuantizationType.F32:
-        return values
-    if tensor_type == GGMLQuantizationType.F16:
-        return values.astype(np.float16)
-    return gguf.quants.quantize(values, tensor_type)
+def _encode(name: str, array: mx.array | Packed, tensor_type, weights) -> np.ndarray:
+    if isinstance(array, Packed):
+        return repack(array, tensor_type)
+    return quantise_tensor(name, np.asarray(array.astype(mx.float32)), tensor_type, weights)
 
 
-def _plan(loaded, config, names, tensor_type) -> list[tuple]:
-    """(GGUF name, shape, type, array) of every tensor; merged arrays are not computed yet."""
+def _plan(loaded, config, names, quantise, importance) -> list[tuple]:
+    """(GGUF name, shape, type, array, importance) of every tensor; merged arrays are not computed yet."""
     heads = config["num_attention_heads"]
     permuted = {"q_proj": heads, "k_proj": config.get("num_key_value_heads") or heads}
     permutes = ARCHITECTURES[config["model_type"]] == gguf.MODEL_ARCH.LLAMA
-    plan = []
-    for name, array in fused_tensors(loaded.model):
+    arrays, own_names = {}, {}
+    for name, array in fused_tensors(loaded.model, packed=FILE_TYPES[quantise][1] in EXACT_BITS):
         if name.endswith("rotary_emb.inv_freq"):
             continue
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -112,21 +112,48 @@ def _plan(loaded, config, names, tensor_type) -> list[tuple]:
         layer = name.rsplit(".", 2)[-2]
         if permutes and layer in permuted:
             array = _interleave(array, permuted[layer])
-        keep = array.ndim == 1 or target.endswith("_norm.weight")
-        own = GGMLQuantizationType.F32 if keep else tensor_type
-        block = gguf.GGML_QUANT_SIZES[own][0]
-        if array.shape[-1] % block:
-            own = GGMLQuantizationType.F16
-        plan.append((target, tuple(array.shape), own, array))
+        arrays[target], own_names[target] = array, name
     factors = llama3_factors(config)
     if factors is not None:
-        own = GGMLQuantizationType.F32
-        plan.append(("rope_freqs.weight", factors.shape, own, mx.array(factors)))
-    return plan
+        arrays["rope_freqs.weight"] = mx.array(factors)
+    types = _choose_types(config, arrays, quantise, importance)
+    weights = {}
+    if importance is not None:
+        weights = match_importance(importance, arrays, own_names, types)
+    return [(n, a.shape, types[n], a, weights.get(n)) for n, a in arrays.items()]
 
 
-def _interleave(weight: mx.array, heads: int) -> mx.array:
+def _choose_types(config, arrays: dict, quantise, importance) -> dict:
+    """The type of each tensor; packed arrays that it cannot hold exactly are replaced by dense ones."""
+    heads = config["num_attention_heads"]
+    types = tensor_types(
+        quantise,
+        {name: array.shape for name, array in arrays.items()},
+        architecture=gguf.MODEL_ARCH_NAMES[ARCHITECTURES[config["model_type"]]],
+        layers=config["num_hidden_layers"],
+        heads=heads,
+        kv_heads=config.get("num_key_value_heads") or heads,
+        experts=config.get("num_local_experts") or config.get("num_experts") or 0,
+        importance=importance is not None,
+    )
+    packed = {name: array for name, array in arrays.items() if isinstance(array, Packed)}
+    base = FILE_TYPES[quantise][1]
+    exact = [name for name, array in packed.items() if is_exact(array, base)]
+    types |= dict.fromkeys(exact, base)
+    arrays |= {name: array.dense() for name, array in packed.items() if name not in exact}
+    if packed:
+        log.info(
+            "%d layers keep the weights of the quantised base, %d are rounded a second time",
+            len(exact),
+            len(packed) - len(exact),
+        )
+    return types
+
+
+def _interleave(weight: mx.array | Packed, heads: int) -> mx.array | Packed:
     """Rows from "all first halves, all second halves" of a head to pairs, as llama.cpp rotates them."""
+    if isinstance(weight, Packed):
+        return weight.reordered(lambda part: _interleave(part, heads))
     rest = weight.shape[1:]
     half = weight.shape[0] // heads // 2
     return weight.reshape(heads, 2, half, *rest).swapaxes(1, 2).reshape(weight.shape)
@@ -190,7 +217,7 @@ def _write_keys(writer: GGUFWriter, config: dict, name: str, quantise: str) -> N
     heads, dim = config["num_attention_heads"], _head_dim(config)
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(_safe_name(name))
-    writer.add_file_type(TYPES[quantise][1])
+    writer.add_file_type(FILE_TYPES[quantise][0])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config["vocab_size"])
     writer.add_context_length(config.get("max_position_embeddings") or 2048)

@@ -4,8 +4,11 @@ import contextlib
 import logging
 import shutil
 import subprocess
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from mlx_align.data.records import Unfit
 from mlx_align.data.template import end_of_turn
@@ -27,7 +30,14 @@ GUARD = (
 MODEL_FILE = "model.gguf"
 
 
-def export_ollama(loaded: LoadedModel, output: Path, *, quantise: str, name: str) -> Path:
+def export_ollama(
+    loaded: LoadedModel,
+    output: Path,
+    *,
+    quantise: str,
+    name: str,
+    importance: Mapping[str, np.ndarray] | None = None,
+) -> Path:
     """Write a folder with a GGUF and a Modelfile, and create the model where Ollama is installed."""
     go_template = derive_go_template(loaded)
     vocabulary = read_vocabulary(loaded)
@@ -42,7 +52,8 @@ def export_ollama(loaded: LoadedModel, output: Path, *, quantise: str, name: str
     if temporary.exists():
         shutil.rmtree(temporary)
     temporary.mkdir(parents=True)
-    export_gguf(loaded, temporary / MODEL_FILE, quantise=quantise, vocabulary=vocabulary)
+    options = {"quantise": quantise, "importance": importance, "vocabulary": vocabulary}
+    export_gguf(loaded, temporary / MODEL_FILE, **options)
     (temporary / "Modelfile").write_text(modelfile, encoding="utf-8")
     replace_folder(temporary, output)
     create_in_ollama(output, name)

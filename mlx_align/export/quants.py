@@ -12,14 +12,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import gguf
+import mlx.core as mx
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
 from mlx_align.errors import ExportError
+from mlx_align.export.fuse import Packed
 
 # Weights that are worked on at once: few enough for their arrays to stay in a core's cache.
 CHUNK = 1 << 16
 SUPER_BLOCK = 256
+# Codes of so many bits in MLX's affine quantisation fit those of these types.
+EXACT_BITS = {Type.Q4_1: (2, 3, 4), Type.Q5_1: (2, 3, 4, 5)}
 # A group whose largest weight is below this counts as zero.
 _ZERO = np.float32(1e-15)
 # Where the half-precision scales lie in a block.
@@ -30,7 +34,7 @@ _SCALES = {
 }  # fmt: skip
 
 
-def quantise(
+def quantise_tensor(
     name: str, values: np.ndarray, kind: Type, importance: np.ndarray | None = None
 ) -> np.ndarray:
     """float32[..., rows, width] as `kind`: uint8[..., rows, bytes], or float32 or float16 as they are.
@@ -57,7 +61,9 @@ def quantise(
         with np.errstate(divide="ignore", invalid="ignore", over="ignore", under="ignore"):
             blocks = encode(chunk, None if importance is None else importance[start // owner])
         if not np.isfinite(_halves(blocks, kind)).all():
-            raise ExportError(f"{name}: has weights too large for {kind.name}; f32 or bf16 hold them")
+            raise ExportError(
+                f"{name}: has weights too large for {kind.name}; f32 or bf16 hold them"
+            )
         out[start : start + len(chunk)] = blocks.view(np.uint8).reshape(len(chunk), size)
 
     starts = [s for o in range(0, len(rows), owner) for s in range(o, o + owner, step)]
@@ -66,6 +72,25 @@ def quantise(
             pass
     dtype = {Type.F32: np.float32, Type.F16: np.float16}.get(kind, np.uint8)
     return out.view(dtype).reshape(*values.shape[:-1], -1)
+
+
+def is_exact(packed: Packed, kind: Type) -> bool:
+    """Whether blocks of `kind` can hold the very weights: its codes, and scales in half precision."""
+    if packed.bits not in EXACT_BITS[kind] or packed.group_size % 32:
+        return False
+    parts = (part.astype(mx.float32) for part in (packed.scales, packed.biases))
+    return all(mx.array_equal(p.astype(mx.float16).astype(mx.float32), p).item() for p in parts)
+
+
+def repack(packed: Packed, kind: Type) -> np.ndarray:
+    """The same weights as Q4_1 or Q5_1, uint8[..., out, bytes]; see `is_exact`."""
+    repeats = packed.group_size // 32
+    heads = mx.stack([packed.scales, packed.biases], -1).astype(mx.float16)
+    heads = np.asarray(mx.repeat(heads, repeats, axis=-2)).reshape(-1, 2)
+    codes = np.asarray(packed.codes()).reshape(-1, 32)
+    return _simple_blocks(heads, codes, 4 if kind == Type.Q4_1 else 5).reshape(
+        *packed.shape[:-1], -1
+    )
 
 
 def _halves(blocks: np.ndarray, kind: Type) -> np.ndarray:
@@ -319,7 +344,7 @@ def _join(*parts: np.ndarray) -> np.ndarray:
     return np.concatenate([np.ascontiguousarray(part).view(np.uint8) for part in parts], 1)
 
 
-def simple_blocks(heads: np.ndarray, codes: np.ndarray, bits: int) -> np.ndarray:
+def _simple_blocks(heads: np.ndarray, codes: np.ndarray, bits: int) -> np.ndarray:
     """Blocks of 32 of the types with 4 or 5 bits: heads float16[n, 1 or 2], codes uint8[n, 32]."""
     if bits == 4:
         return _join(heads, _pack(codes, 4, 16))
@@ -332,7 +357,7 @@ def _simple_signed(bits: int) -> Callable:
     def encode(rows, importance):
         x, half = _columns(rows, 32), 1 << (bits - 1)
         codes, scale = _search_signed(x, _weigh(rows, 32, importance, rows.shape[1], 1), half)
-        return simple_blocks(scale[:, None].astype(np.float16), _blocks(codes + half, 32), bits)
+        return _simple_blocks(scale[:, None].astype(np.float16), _blocks(codes + half, 32), bits)
 
     return encode
 
@@ -345,7 +370,7 @@ def _simple_ranged(bits: int) -> Callable:
         w = _weigh(rows, 32, importance, rows.shape[1], 1)
         codes, scale, minimum = _search_range(x, w, top, _IMPORTANCE_SWEEP)
         heads = np.stack([scale, 0 - minimum], 1).astype(np.float16)
-        return simple_blocks(heads, _blocks(codes, 32), bits)
+        return _simple_blocks(heads, _blocks(codes, 32), bits)
 
     return encode
 
@@ -394,7 +419,10 @@ def _q45_k(bits: int, sweep: _Sweep) -> Callable:
         top = (1 << bits) - 1
         codes, scales, minima, units = _fit_ranged(x, w, importance is not None, top, sweep, 63)
         first, last = slice(0, 4), slice(4, 8)
-        low = scales[:, first] | scales[:, last] >> 4 << 6, minima[:, first] | minima[:, last] >> 4 << 6
+        low = (
+            scales[:, first] | scales[:, last] >> 4 << 6,
+            minima[:, first] | minima[:, last] >> 4 << 6,
+        )
         head = _join(units, *low, scales[:, last] & 15 | (minima[:, last] & 15) << 4)
         if bits == 4:
             return _join(head, _pack(codes, 4, 32))
@@ -412,24 +440,31 @@ def _q3_k(rows, importance):
         w = _weigh(rows, 16, importance, SUPER_BLOCK, 2)
         codes, scale = _search_signed(x, w, 4)
         scales, unit = _search_signed(_super_blocks(scale, 16), _super_blocks(w.sum(0), 16), 32)
-    unit = unit.astype(np.float16)
-    codes = _refit(x, 0, (scales * unit.astype(np.float32)).T.ravel(), codes, -4, 3)
-    codes, scales = _blocks(codes + 4, SUPER_BLOCK), _blocks(scales + 32, 16)
-    high = _pack(codes >> 2, 1, 32)
-    return _join(high, _pack(codes & 3, 2, 32), _pack(scales & 15, 4, 8), _pack(scales >> 4, 2, 4), unit[:, None])
+    codes, unit = _fit_signed(x, codes, scales, unit, 4)
+    scales = _blocks(scales + 32, 16)
+    scales = _join(_pack(scales & 15, 4, 8), _pack(scales >> 4, 2, 4))
+    return _join(_pack(codes >> 2, 1, 32), _pack(codes & 3, 2, 32), scales, unit)
 
 
 def _q6_k(rows, importance):
     x = _columns(rows, 16)
     w = x * x if importance is None else np.tile(_columns(importance, 16), len(rows))
     codes, scale = _search_signed(x, w, 32)
-    scales, unit = _signed_steps(_super_blocks(scale, 16), 128)
-    unit = unit.astype(np.float16)
-    codes = _refit(x, 0, (scales * unit.astype(np.float32)).T.ravel(), codes, -32, 31)
-    codes = _blocks(codes + 32, SUPER_BLOCK)
-    blocks = _join(_pack(codes & 15, 4, 64), _pack(codes >> 4, 2, 32), scales.T.astype(np.int8), unit[:, None])
-    blocks[np.abs(scale).reshape(-1, 16).max(1) < _ZERO] = 0
+    scale = _super_blocks(scale, 16)
+    scales, unit = _signed_steps(scale, 128)
+    codes, unit = _fit_signed(x, codes, scales, unit, 32)
+    codes = _join(_pack(codes & 15, 4, 64), _pack(codes >> 4, 2, 32))
+    blocks = _join(codes, scales.T.astype(np.int8), unit)
+    blocks[np.abs(scale).max(0) < _ZERO] = 0
     return blocks
+
+
+def _fit_signed(x, codes, scales, unit, half: int) -> tuple[np.ndarray, np.ndarray]:
+    """Codes from 0 on, uint8[n, 256], for the scales [16, n] of these units, and those float16[n, 1]."""
+    unit = unit.astype(np.float16)
+    scale = (scales * unit.astype(np.float32)).T.ravel()
+    codes = _refit(x, 0, scale, codes, -half, half - 1)
+    return _blocks(codes + half, SUPER_BLOCK), unit[:, None]
 
 
 _K_QUANTS = {
