@@ -259,15 +259,13 @@ def export_model(
         path = folder / "export" / (f"{name}-{quantize}.gguf" if to == "gguf" else to)
     else:
         raise ExportError("--output is needed to export a model that is no run")
+    importance = read_imatrix(Path(imatrix).expanduser()) if imatrix else None
     loaded, _ = open_model(source, STORED, base)
     if "score" in loaded.model and to != "hf":
         raise ExportError(
             f"{source}: is a reward model, which only transformers can run; use --to hf"
         )
-    importance = None
-    if imatrix:
-        importance = read_imatrix(Path(imatrix).expanduser())
-    elif calibrate:
+    if calibrate:
         importance = measure_importance(loaded, Path(calibrate).expanduser())
     if to == "gguf":
         return export_gguf(loaded, path, quantise=quantize, importance=importance)

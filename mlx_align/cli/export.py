@@ -55,8 +55,8 @@ def _export() -> click.Command:
             option(
                 "--quantize",
                 type=click.Choice(GGUF_TYPES),
-                help="Type of the weights in GGUF, the larger first. Default: f16 for gguf, q8_0 for ollama. "
-                "q4_1 keeps the weights of a base that MLX quantised to 4 bits or fewer, q5_1 also of 5.",
+                help="Type of the weights in GGUF. Default: f16 for gguf, q8_0 for ollama. What no adapter"
+                " changed of a base in 2 to 4 bits stays exact in q4_1, of one in 5 bits in q5_1.",
             ),
             option(
                 "--imatrix",

@@ -61,6 +61,8 @@ def _read_older(content: bytes) -> dict[str, np.ndarray]:
         (length,) = struct.unpack_from("<i", content, place)
         name = content[place + 4 : place + 4 + length].decode()
         calls, count = struct.unpack_from("<2i", content, place + 4 + length)
+        if min(length, count) < 1:
+            raise ValueError("empty entry")
         place += 12 + length
         values = np.frombuffer(content, "<f4", count, place)
         matrix[name] = values / np.float32(max(calls, 1))
@@ -107,25 +109,27 @@ def match_importance(
 def measure_importance(loaded: LoadedModel, path: Path) -> dict[str, np.ndarray]:
     """The importance matrix of the layers in a model's blocks, by the model's names, over a text file.
 
-    The text is read in windows of `WINDOW` tokens. Embedding and head have none, as in llama-imatrix.
+    The text is read in windows of `WINDOW` tokens, or of the model's context. Embedding and head have
+    no entry, as in llama-imatrix.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as text: {error}") from None
     ids = loaded.tokenizer.encode(text)
-    if len(ids) < WINDOW:
-        raise DataError(f"{path}: has {len(ids)} tokens; at least {WINDOW} are needed")
+    window = min(WINDOW, loaded.context_length or WINDOW)
+    if len(ids) < window:
+        raise DataError(f"{path}: has {len(ids)} tokens; at least {window} are needed")
     layers = _linear_layers(loaded.model)
     recorders = {name: _Recorder(layer) for name, layer in layers.items()}
     loaded.model.update_modules(tree_unflatten(list(recorders.items())))
     try:
-        for start in range(0, len(ids) - WINDOW + 1, WINDOW):
-            loaded.model(mx.array([ids[start : start + WINDOW]]))
+        for start in range(0, len(ids) - window + 1, window):
+            loaded.model(mx.array([ids[start : start + window]]))
             mx.eval([(r.sums, r.counts) for r in recorders.values()])
     finally:
         loaded.model.update_modules(tree_unflatten(list(layers.items())))
-    log.info("importance measured over %d windows of %d tokens", len(ids) // WINDOW, WINDOW)
+    log.info("importance measured over %d windows of %d tokens", len(ids) // window, window)
     return {f"{name}.weight": recorder.means() for name, recorder in recorders.items()}
 
 

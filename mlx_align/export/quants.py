@@ -26,6 +26,8 @@ SUPER_BLOCK = 256
 EXACT_BITS = {Type.Q4_1: (2, 3, 4), Type.Q5_1: (2, 3, 4, 5)}
 # A group whose largest weight is below this counts as zero.
 _ZERO = np.float32(1e-15)
+# More than any block can hold; the squares in the searches stay far from overflow.
+_LARGEST = 32 * 127 * 65504
 # Where the half-precision scales lie in a block.
 _SCALES = {
     Type.Q8_0: slice(0, 2), Type.Q4_0: slice(0, 2), Type.Q5_0: slice(0, 2),
@@ -55,12 +57,13 @@ def quantise_tensor(
 
     def fill(start: int) -> None:
         chunk = rows[start : min(start + step, start // owner * owner + owner)]
-        if not np.isfinite(chunk).all():
+        peak = np.abs(chunk).max()
+        if not np.isfinite(peak):
             raise ExportError(f"{name}: has weights that are not finite numbers")
         # Divisions by zero are part of the search; where they matter they are masked.
         with np.errstate(divide="ignore", invalid="ignore", over="ignore", under="ignore"):
             blocks = encode(chunk, None if importance is None else importance[start // owner])
-        if not np.isfinite(_halves(blocks, kind)).all():
+        if (kind in _SCALES and peak > _LARGEST) or not np.isfinite(_halves(blocks, kind)).all():
             raise ExportError(
                 f"{name}: has weights too large for {kind.name}; f32 or bf16 hold them"
             )

@@ -261,6 +261,29 @@ def test_export_says_where(demo_run, capsys):
     assert "exists already" in capsys.readouterr().err
 
 
+def test_export_by_importance(demo_run, tmp_path, capsys):
+    folder, _ = demo_run
+    text = tmp_path / "text.txt"
+    text.write_text("What is the capital of France? The capital of France is Paris.\n" * 60)
+    export = ("export", folder, "--to", "gguf", "--quantize")
+    assert run(*export, "q4_k_m", "--calibrate", text) == 0
+    assert (folder / "export" / "run-q4_k_m.gguf").exists()
+    for options, words in (
+        (("q4_k_m", "--imatrix", text), "is not an importance matrix"),
+        (("q8_0", "--calibrate", text), "calibrate: only matters to GGUF of other types than f32"),
+        (("q4_0", "--calibrate", text, "--imatrix", text), "one importance matrix, not two"),
+    ):
+        assert run(*export, *options) == 1
+        assert words in capsys.readouterr().err
+
+
+def test_export_offers_the_types_there_are():
+    from mlx_align.cli.export import GGUF_TYPES
+    from mlx_align.export.recipe import FILE_TYPES
+
+    assert sorted(GGUF_TYPES) == sorted(FILE_TYPES)
+
+
 def test_things_that_are_no_model(tmp_path, capsys):
     assert run("chat", tmp_path) == 1
     assert "not a model folder" in capsys.readouterr().err

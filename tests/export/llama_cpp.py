@@ -1,8 +1,12 @@
 """llama.cpp's server, from the xllamacpp package, as an independent reader of GGUF files."""
 
+import ctypes
 import json
 import urllib.request
+from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 
 
@@ -54,3 +58,28 @@ class Server:
 
     def chat_prompt(self, messages):
         return self.post("/apply-template", {"messages": messages})["prompt"]
+
+
+def reference_blocks(values, kind, importance=None):
+    """llama.cpp's own blocks of float32[rows, width], uint8[rows, bytes]."""
+    xllamacpp = pytest.importorskip(
+        "xllamacpp", reason="blocks are compared where xllamacpp is installed"
+    )
+    library = ctypes.CDLL(str(next(Path(xllamacpp.__file__).parent.glob("xllamacpp*.so"))))
+    if not hasattr(library, "ggml_quantize_chunk"):
+        pytest.skip("this xllamacpp does not show llama.cpp's quantiser")
+    quantise = library.ggml_quantize_chunk
+    quantise.restype = ctypes.c_size_t
+    quantise.argtypes = [
+        ctypes.c_int,
+        *[ctypes.c_void_p] * 2,
+        *[ctypes.c_int64] * 3,
+        ctypes.c_void_p,
+    ]
+    values = np.ascontiguousarray(values, np.float32)
+    rows, width = values.shape
+    out = np.empty(gguf.quant_shape_to_byte_shape(values.shape, kind), np.uint8)
+    weights = None if importance is None else np.ascontiguousarray(importance, np.float32)
+    address = None if weights is None else weights.ctypes.data
+    quantise(int(kind), values.ctypes.data, out.ctypes.data, 0, rows, width, address)
+    return out

@@ -1,5 +1,6 @@
 """GGUF files say what they should, and llama.cpp computes from them what we compute."""
 
+import json
 import shutil
 
 import gguf
@@ -7,12 +8,17 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
-from llama_cpp import Server
+from gguf import GGMLQuantizationType
+from llama_cpp import Server, reference_blocks
+from mlx.utils import tree_map
 from test_folder import adapted
 
+from mlx_align.demo import data_folder
 from mlx_align.errors import ExportError
 from mlx_align.export.gguf import export_gguf
+from mlx_align.export.recipe import FILE_TYPES
 from mlx_align.export.vocabulary import pre_tokenizer_name, read_vocabulary
+from mlx_align.model.adapter import AdapterSettings, wear_adapter
 from mlx_align.model.load import load_model
 from mlx_align.rollout.sampler import SamplingSettings, prompt_encoder, sample
 
@@ -139,6 +145,96 @@ def test_quantised_bases_are_written_dequantised(model_folder, tmp_path):
     ours = np.array(logits - mx.logsumexp(logits))
     theirs = server.next_log_probs(ids, 50)
     assert max(abs(ours[token] - logp) for token, logp in theirs.items()) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("quantise", "bound"),
+    [
+        ("bf16", 1e-3), ("q8_0", 0.005), ("q6_k", 0.04), ("q5_k_m", 0.1), ("q5_k_s", 0.1), ("q5_1", 0.1),
+        ("q5_0", 0.1), ("q4_k_m", 0.4), ("q4_k_s", 0.4), ("q4_1", 0.4), ("q4_0", 0.4), ("q3_k_m", 0.6),
+        ("q2_k", 2.0),
+    ],
+)  # fmt: skip
+def test_llama_cpp_computes_with_every_type(model_folder, tmp_path, quantise, bound):
+    """The divergence of its next token from ours grows with the error of the weights, as it should."""
+    wide = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "dtype": mx.float16}
+    loaded = load_model(str(model_folder("llama", **wide)))
+    path = export_gguf(loaded, tmp_path / "m.gguf", quantise=quantise)
+    keys, tensors = fields(path)
+    kind, base = FILE_TYPES[quantise]
+    assert keys["general.file_type"] == kind
+    assert tensors["blk.0.ffn_up.weight"].tensor_type == base
+    ids = list(range(5, 60, 3))
+    theirs = Server(path).next_log_probs(ids, 400)
+    logits = loaded.model(mx.array([ids]))[0, -1]
+    ours = np.array(logits - mx.logsumexp(logits))
+    divergence = sum(np.exp(ours[i]) * (ours[i] - logp) for i, logp in theirs.items())
+    assert -1e-4 < divergence < bound
+
+
+def test_perplexity_is_that_of_llama_cpps_quantiser(tmp_path):
+    """On held-out text, of a file whose blocks llama.cpp made from the same half-precision weights."""
+    loaded = load_model("demo")
+    _, half = fields(export_gguf(loaded, tmp_path / "f16.gguf"))
+    path = export_gguf(loaded, tmp_path / "m.gguf", quantise="q4_k_m")
+    theirs = tmp_path / "theirs.gguf"
+    shutil.copy(path, theirs)
+    for tensor in gguf.GGUFReader(theirs, "r+").tensors:
+        if tensor.tensor_type != GGMLQuantizationType.F32:
+            tensor.data[...] = reference_blocks(half[tensor.name].data, tensor.tensor_type)
+    with open(data_folder("completions") / "valid.jsonl") as file:
+        messages = json.loads(file.readline())["messages"]
+    ids = list(loaded.tokenizer.encode(loaded.template.render(messages, generation=False)))[:24]
+    perplexities = []
+    for file in (path, theirs):
+        server = Server(file)
+        rows = [server.next_log_probs(ids[:i], 1523)[ids[i]] for i in range(4, len(ids))]
+        perplexities.append(np.exp(-np.mean(rows)))
+    assert abs(perplexities[0] / perplexities[1] - 1) < 0.01
+
+
+@pytest.mark.parametrize(("bits", "quantise"), [(2, "q4_1"), (3, "q4_1"), (4, "q4_1"), (5, "q5_1")])
+def test_a_quantised_base_keeps_its_weights(model_folder, tmp_path, caplog, bits, quantise):
+    loaded = load_model(str(model_folder("llama-untied", quantise=(bits, 64), dtype=mx.float16)))
+    caplog.set_level("INFO")
+    path = export_gguf(loaded, tmp_path / "m.gguf", quantise=quantise)
+    assert "16 layers keep the weights of the quantised base, 0 are rounded" in caplog.text
+    _, dense = fields(export_gguf(loaded, tmp_path / "f32.gguf", quantise="f32"))
+    _, tensors = fields(path)
+    for name, tensor in tensors.items():
+        weights = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        assert np.array_equal(weights, dense[name].data), name
+    ids = list(range(5, 60, 3))
+    theirs = Server(path).next_log_probs(ids, 50)
+    logits = loaded.model(mx.array([ids]))[0, -1]
+    ours = np.array(logits - mx.logsumexp(logits))
+    assert max(abs(ours[token] - logp) for token, logp in theirs.items()) < 0.3
+
+
+def test_only_adapted_layers_of_a_quantised_base_are_rounded_again(model_folder, tmp_path, caplog):
+    loaded = load_model(str(model_folder("llama", quantise=(4, 32), dtype=mx.float16)))
+    adapter = wear_adapter(loaded.model, AdapterSettings(lora_layers=1), seed=0)
+    loaded.model.update(tree_map(lambda x: x + 0.05, adapter.parameters()))
+    caplog.set_level("INFO")
+    _, tensors = fields(export_gguf(loaded, tmp_path / "m.gguf", quantise="q4_1"))
+    assert "8 layers keep the weights of the quantised base, 0 are rounded" in caplog.text
+    _, dense = fields(export_gguf(loaded, tmp_path / "f32.gguf", quantise="f32"))
+    for name, tensor in tensors.items():
+        weights = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        assert np.array_equal(weights, dense[name].data) == ("blk.1" not in name or "norm" in name)
+        assert np.abs(weights - dense[name].data).max() < 0.1
+
+
+def test_scales_that_do_not_fit_are_rounded_again_and_counted(model_folder, tmp_path, caplog):
+    loaded = load_model(str(model_folder("llama", quantise=(4, 32), dtype=mx.float16)))
+    layer = loaded.model.model.layers[0].mlp.up_proj
+    layer.scales = layer.scales * (1 + 2**-20)
+    caplog.set_level("INFO")
+    _, tensors = fields(export_gguf(loaded, tmp_path / "m.gguf", quantise="q4_1"))
+    assert "0 are rounded" not in caplog.text and "rounded a second time" in caplog.text
+    dense = np.array(mx.dequantize(layer.weight, layer.scales, layer.biases, 32, 4))
+    weights = gguf.quants.dequantize(tensors["blk.0.ffn_up.weight"].data, GGMLQuantizationType.Q4_1)
+    assert 0 < np.abs(weights - dense).max() < 0.1
 
 
 @pytest.mark.parametrize("keep_model", [True, False], ids=["own scores", "scores from merges"])

@@ -155,7 +155,8 @@ def main():
                 found = quantised_types(library, source, Path(folder) / "target.gguf", ftype, row)
                 types[ftype] = fold(found, row)
             made[name] = {**row, "types": types}
-    FILE.write_text(json.dumps(made, indent=1) + "\n")
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(row)}" for name, row in made.items())
+    FILE.write_text(f"{{\n{lines}\n}}\n")
 
 
 if __name__ == "__main__":
