@@ -77,6 +77,9 @@ def export_gguf(
             os.fsync(file.fileno())
         os.replace(temporary, output)
         sync_folder(output.parent)
+    except ExportError:
+        temporary.unlink(missing_ok=True)
+        raise
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise ExportError(f"{output}: cannot be written: {error.strerror or error}") from None

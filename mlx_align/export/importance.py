@@ -154,7 +154,7 @@ class _Recorder(nn.Module):
     def __init__(self, layer: nn.Module):
         super().__init__()
         self.layer = layer
-        self.experts = getattr(layer, "num_experts", 1)
+        self.experts = getattr(layer.get("linear", layer), "num_experts", 1)
         self.sums = self.counts = mx.zeros((self.experts, 1))
 
     def __call__(self, x, experts=None, **options):

@@ -53,7 +53,11 @@ def export_ollama(
         shutil.rmtree(temporary)
     temporary.mkdir(parents=True)
     options = {"quantise": quantise, "importance": importance, "vocabulary": vocabulary}
-    export_gguf(loaded, temporary / MODEL_FILE, **options)
+    try:
+        export_gguf(loaded, temporary / MODEL_FILE, **options)
+    except ExportError:
+        shutil.rmtree(temporary)
+        raise
     (temporary / "Modelfile").write_text(modelfile, encoding="utf-8")
     replace_folder(temporary, output)
     create_in_ollama(output, name)

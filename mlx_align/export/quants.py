@@ -91,9 +91,8 @@ def repack(packed: Packed, kind: Type) -> np.ndarray:
     heads = mx.stack([packed.scales, packed.biases], -1).astype(mx.float16)
     heads = np.asarray(mx.repeat(heads, repeats, axis=-2)).reshape(-1, 2)
     codes = np.asarray(packed.codes()).reshape(-1, 32)
-    return _simple_blocks(heads, codes, 4 if kind == Type.Q4_1 else 5).reshape(
-        *packed.shape[:-1], -1
-    )
+    blocks = _simple_blocks(heads, codes, 4 if kind == Type.Q4_1 else 5)
+    return blocks.reshape(*packed.shape[:-1], -1)
 
 
 def _halves(blocks: np.ndarray, kind: Type) -> np.ndarray:
@@ -409,7 +408,7 @@ def _q2_k(rows, importance):
     w = np.abs(x) if importance is None else _weigh(rows, 16, importance, SUPER_BLOCK, 1)
     sweep = _Sweep(-0.5, 0.1, 15, absolute=True)
     codes, scales, minima, units = _fit_ranged(x, w, importance is not None, 3, sweep, 15)
-    return _join(scales | minima << 4, _pack(codes, 2, 32), units)
+    return _join(scales | (minima << 4), _pack(codes, 2, 32), units)
 
 
 def _q45_k(bits: int, sweep: _Sweep) -> Callable:
@@ -421,12 +420,10 @@ def _q45_k(bits: int, sweep: _Sweep) -> Callable:
             w = _weigh(rows, 32, importance, SUPER_BLOCK, 2)
         top = (1 << bits) - 1
         codes, scales, minima, units = _fit_ranged(x, w, importance is not None, top, sweep, 63)
-        first, last = slice(0, 4), slice(4, 8)
-        low = (
-            scales[:, first] | scales[:, last] >> 4 << 6,
-            minima[:, first] | minima[:, last] >> 4 << 6,
-        )
-        head = _join(units, *low, scales[:, last] & 15 | (minima[:, last] & 15) << 4)
+        # Six bits each: the first four whole, with the others' high bits above them; then their low ones.
+        whole = [v[:, :4] | (v[:, 4:] >> 4 << 6) for v in (scales, minima)]
+        low = (scales[:, 4:] & 15) | ((minima[:, 4:] & 15) << 4)
+        head = _join(units, *whole, low)
         if bits == 4:
             return _join(head, _pack(codes, 4, 32))
         return _join(head, _pack(codes >> 4, 1, 32), _pack(codes & 15, 4, 32))

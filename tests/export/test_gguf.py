@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import gguf
 import mlx.core as mx
@@ -16,6 +17,7 @@ from test_folder import adapted
 from mlx_align.demo import data_folder
 from mlx_align.errors import ExportError
 from mlx_align.export.gguf import export_gguf
+from mlx_align.export.ollama import export_ollama
 from mlx_align.export.recipe import FILE_TYPES
 from mlx_align.export.vocabulary import pre_tokenizer_name, read_vocabulary
 from mlx_align.model.adapter import AdapterSettings, wear_adapter
@@ -293,6 +295,18 @@ def test_ids_without_a_token_get_a_name_of_their_own(model_folder):
     loaded = load_model(str(model_folder("llama", vocab_size=410)))
     vocabulary = read_vocabulary(loaded)
     assert vocabulary.tokens[-1] == "[PAD409]" and len(set(vocabulary.tokens)) == 410
+
+
+@pytest.mark.parametrize("export", [export_gguf, partial(export_ollama, name="m")])
+def test_weights_that_are_no_numbers_are_refused_by_name(model_folder, tmp_path, export):
+    loaded = load_model(str(model_folder()))
+    layer = loaded.model.model.layers[1].mlp.down_proj
+    layer.weight = mx.where(mx.arange(128) == 5, mx.nan, layer.weight)
+    with pytest.raises(
+        ExportError, match=r"blk\.1\.ffn_down\.weight: has weights that are not finite"
+    ):
+        export(loaded, tmp_path / "m", quantise="q4_k_m")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_leaves_no_half_file(model_folder, tmp_path, monkeypatch):

@@ -128,8 +128,11 @@ def test_means_of_squared_inputs(model_folder, text, kind, quantise):
         assert found.shape == (64,) and np.allclose(found, (normed**2).mean(0), rtol=1e-4)
 
 
-def test_experts_have_means_of_their_own(model_folder, text):
+@pytest.mark.parametrize("wear", [False, True], ids=["base", "adapter"])
+def test_experts_have_means_of_their_own(model_folder, text, wear):
     loaded = load_model(str(model_folder("qwen3_moe")))
+    if wear:
+        loaded = adapted(model_folder, "qwen3_moe")
     measured = measure_importance(loaded, text)
     block = loaded.model.model.layers[0]
     sums, counts = np.zeros((4, 64)), np.zeros(4)
