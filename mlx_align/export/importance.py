@@ -116,7 +116,8 @@ def measure_importance(loaded: LoadedModel, path: Path) -> dict[str, np.ndarray]
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as text: {error}") from None
-    ids = loaded.tokenizer.encode(text)
+    # Not verbose: that a text is longer than the context is of no interest here.
+    ids = loaded.tokenizer.encode(text, verbose=False)
     window = min(WINDOW, loaded.context_length or WINDOW)
     if len(ids) < window:
         raise DataError(f"{path}: has {len(ids)} tokens; at least {window} are needed")

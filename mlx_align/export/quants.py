@@ -315,7 +315,9 @@ def _weigh(rows: np.ndarray, group: int, importance: np.ndarray, span: int, fact
     `importance` float32[width] is that of a row; the mean is over `span` weights.
     """
     squares = rows * rows
-    mean = _columns(squares, span).sum(0) * np.float32(factor) / np.float32(span)
+    # One after the other, as the reference adds; a plain sum goes by pairs.
+    total = np.cumsum(squares.reshape(-1, span), axis=1)[:, -1]
+    mean = total * np.float32(factor) / np.float32(span)
     own = np.tile(_columns(importance, group), len(rows))
     return own * np.sqrt(np.repeat(mean, span // group) + _columns(squares, group))
 
