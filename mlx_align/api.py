@@ -15,6 +15,7 @@ from mlx_align.evaluate.sweep import Sweep, run_sweep
 from mlx_align.files import write_json
 from mlx_align.losses import METHODS
 from mlx_align.rollout.iterate import Iteration
+from mlx_align.rollout.rewards import with_absolute_path
 from mlx_align.rollout.sampler import Completion
 from mlx_align.settings import coerce, nearest, read_file, value_type
 from mlx_align.train.config import RunSettings, find_method, setting_names
@@ -456,6 +457,10 @@ def _canonical(values: dict, method: str) -> dict:
 def _resolve(values: dict, method: str) -> dict:
     """The settings with paths that hold anywhere, the start's own settings, and the demo's."""
     values = {**values, **{n: _absolute(values[n]) for n in _PATHS if values.get(n)}}
+    for name in ("reward", "watch"):
+        if values.get(name):
+            given = [values[name]] if isinstance(values[name], str) else values[name]
+            values[name] = [with_absolute_path(reward) for reward in given]
     values = _resolve_start(values)
     if values.get("model", DEMO) == DEMO:
         own_data = values.get("data", DEMO) == DEMO

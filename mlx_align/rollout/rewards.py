@@ -447,10 +447,7 @@ def _parse(spec, timeout, open_model, modules) -> Reward:
         return spec
     if callable(spec):
         return FunctionReward(getattr(spec, "__name__", type(spec).__name__), spec, 1.0, timeout)
-    text = spec.strip()
-    weighted = _WEIGHTED.fullmatch(text)
-    weight = float(weighted["weight"]) if weighted else 1.0
-    text = weighted["reward"].strip() if weighted else text
+    text, weight = _split_weight(spec)
     if not math.isfinite(weight):
         raise SettingsError(f"reward {spec!r}: its weight is too large")
     name, _, options = text.partition(":")
@@ -471,6 +468,26 @@ def _parse(spec, timeout, open_model, modules) -> Reward:
     if folder.is_dir():
         return ModelReward(folder.resolve().name, open_model(str(folder)), weight)
     raise SettingsError(_unknown(text))
+
+
+def _split_weight(spec: str) -> tuple[str, float]:
+    text = spec.strip()
+    weighted = _WEIGHTED.fullmatch(text)
+    if weighted is None:
+        return text, 1.0
+    return weighted["reward"].strip(), float(weighted["weight"])
+
+
+def with_absolute_path(spec: str) -> str:
+    """A named reward whose file or folder is found from anywhere on this machine."""
+    text, _ = _split_weight(spec)
+    start = "judge:" if text.startswith("judge:") else ""
+    file = _FILE.fullmatch(text)
+    named = file["file"] if file else text[len(start) :]
+    path = Path(named).expanduser()
+    if text.partition(":")[0] in VERIFIERS or not path.exists():
+        return spec
+    return f"{start}{path.resolve()}{spec.strip()[len(start + named) :]}"
 
 
 def _open_model(folder):

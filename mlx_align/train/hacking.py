@@ -113,25 +113,31 @@ def length_drift(seen: Seen) -> str | None:
 
 def rewards_clipped(seen: Seen) -> str | None:
     """Most rewards are at the clip, where they all look alike."""
-    share = seen.level("rewards/clipped_ratio")
-    if share is None or not share.surely_above(MOST):
+    share = _most(seen, "rewards/clipped_ratio")
+    if share is None:
         return None
     return (
-        f"{share.mean:.0%} of the rewards are at --reward-clip {brief(seen.settings['reward_clip'])}, "
+        f"{share:.0%} of the rewards are at --reward-clip {brief(seen.settings['reward_clip'])}, "
         "where good and better are the same. Raise it, or lower the rewards' weights."
     )
 
 
 def unfinished(seen: Seen) -> str | None:
     """Most completions are cut off before they end."""
-    share = seen.level("completions/clipped_ratio")
-    if share is None or not share.surely_above(MOST):
+    share = _most(seen, "completions/clipped_ratio")
+    if share is None:
         return None
     return (
-        f"{share.mean:.0%} of the sampled completions do not end within --max-tokens "
+        f"{share:.0%} of the sampled completions do not end within --max-tokens "
         f"{seen.settings['max_tokens']}, so their rewards are those of fragments. Raise --max-tokens, "
         "give --stop, or make ending pay with --unfinished-penalty 1."
     )
+
+
+def _most(seen: Seen, name: str) -> float | None:
+    """A share in the last window, where it is most of all."""
+    share = seen.level(name)
+    return share.mean if share is not None and share.surely_above(MOST) else None
 
 
 def _drifted(seen: Seen) -> tuple[float, float] | None:

@@ -19,6 +19,7 @@ from mlx_align.rollout.rewards import (
     check_columns,
     combine,
     parse_rewards,
+    with_absolute_path,
 )
 
 nan = float("nan")
@@ -137,6 +138,27 @@ def test_a_reward_model_of_a_run(model_folder, tmp_path):
     assert len(values) == 3 and np.isfinite(values).all()
     with pytest.raises(ModelError, match="is no reward model"):
         parse_rewards([base])
+
+
+@pytest.mark.parametrize(
+    ("spec", "absolute"),
+    [
+        ("gsm8k*2", "gsm8k*2"),
+        ("length:max=3", "length:max=3"),
+        ("mine.py:good*0.5", "{}/mine.py:good*0.5"),
+        ("other.py:good", "other.py:good"),
+        ("rm", "{}/rm"),
+        ("./rm * 2", "{}/rm * 2"),
+        ("judge:rm*2", "judge:{}/rm*2"),
+        ("judge:owner/model", "judge:owner/model"),
+    ],
+)
+def test_names_hold_from_anywhere(tmp_path, monkeypatch, spec, absolute):
+    (tmp_path / "mine.py").touch()
+    for folder in ("rm", "gsm8k"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert with_absolute_path(spec) == absolute.format(tmp_path)
 
 
 def test_functions_and_rewards_stand_for_themselves():
