@@ -18,8 +18,11 @@ _SETTINGS = {
     "ipo": {"learning_rate": 5e-4, "beta": 0.5},
 }
 _ONLINE = {"learning_rate": 1e-3}
-# Several passes over the samples of a step take larger ones together.
-_PPO = {"learning_rate": 5e-4, "group_size": 4, "steps": 40}
+# PPO's several passes over the samples of a step, and pairs of few kinds, want smaller steps.
+_ONLINE_SETTINGS = {
+    "ppo": {"learning_rate": 5e-4, "group_size": 4, "steps": 40},
+    "xpo": {"learning_rate": 5e-4},
+}
 # What a right answer contains is in the demo's prompts, and says nothing of other data.
 _ONLINE_DATA = {"reward": ("contains",), "max_tokens": 40, "steps": 30}
 
@@ -37,7 +40,7 @@ def settings(method: str, kind: str, own_data: bool) -> dict:
     otherwise; `own_data` says that it learns from the demo's data."""
     if kind == "prompts":
         chosen = _ONLINE | _ONLINE_DATA if own_data else _ONLINE
-        return chosen | _PPO if method == "ppo" else chosen
+        return chosen | _ONLINE_SETTINGS.get(method, {})
     return _SETTINGS.get(method, {"learning_rate": 5e-4})
 
 
