@@ -1,0 +1,112 @@
+// 8 x 8 matrices spread over a SIMD-group (specification, section 6.7), two elements a lane.
+//
+// The specification leaves the layout open; this is the one of Apple's GPUs that MLX's kernels build on
+// (BaseMMAFrag in mlx/backend/metal/kernels/steel/gemm/mma.h): a quad of lanes holds two rows of four.
+#pragma once
+#include "metal_simdgroup.h"
+
+namespace emulator {
+
+constexpr uint32_t matrix_row(uint32_t lane) { return (lane >> 2 & 4) | (lane >> 1 & 3); }
+constexpr uint32_t matrix_column(uint32_t lane) { return (lane >> 1 & 4) | (lane << 1 & 2); }  // and the next
+
+}  // namespace emulator
+
+namespace metal {
+
+template <class T, int Columns, int Rows> struct simdgroup_matrix {
+  static_assert(Columns == 8 && Rows == 8, "a simdgroup_matrix is 8 x 8");
+  vec<T, 2> elements;
+
+  simdgroup_matrix() : elements(emulator::undefined<T>()) {}
+  explicit simdgroup_matrix(T diagonal) {
+    const int place = int(emulator::matrix_row(emulator::lane())) - int(emulator::matrix_column(emulator::lane()));
+    elements = vec<T, 2>(place == 0 ? diagonal : T(0), place == 1 ? diagonal : T(0));
+  }
+  vec<T, 2>& thread_elements() { return elements; }
+  const vec<T, 2>& thread_elements() const { return elements; }
+};
+typedef simdgroup_matrix<float, 8, 8> simdgroup_float8x8;
+typedef simdgroup_matrix<half, 8, 8> simdgroup_half8x8;
+typedef simdgroup_matrix<bfloat, 8, 8> simdgroup_bfloat8x8;
+
+template <class T, int Columns, int Rows>
+inline simdgroup_matrix<T, Columns, Rows> make_filled_simdgroup_matrix(T value) {
+  simdgroup_matrix<T, Columns, Rows> filled;
+  filled.elements = vec<T, 2>(value);
+  return filled;
+}
+
+}  // namespace metal
+
+namespace emulator {
+
+// The memory of a lane's element 0 or 1.
+template <class T> inline T& matrix_element(T* matrix, ulong stride, metal::ulong2 origin, bool transposed, int which) {
+  const ulong row = matrix_row(lane()), column = matrix_column(lane()) + which;
+  return transposed ? matrix[(origin.y + column) * stride + origin.x + row]
+                    : matrix[(origin.y + row) * stride + origin.x + column];
+}
+
+inline void do_nothing(void**, uint32_t) {}
+
+template <class D, class A, class B, class C> struct MatrixPart {
+  metal::vec<D, 2>* d;
+  const metal::vec<A, 2>* a;
+  const metal::vec<B, 2>* b;
+  const metal::vec<C, 2>* c;
+};
+
+// Products and sums in float, as Apple's GPUs keep them.
+template <class D, class A, class B, class C> NOT_CHECKED void multiply_matrices(void** lanes, uint32_t) {
+  float a[8][8], b[8][8], c[8][8];
+  for (uint32_t l = 0; l < 32; l++)
+    for (uint32_t i = 0; i < 2; i++) {
+      const auto& part = *static_cast<MatrixPart<D, A, B, C>*>(lanes[l]);
+      const uint32_t row = matrix_row(l), column = matrix_column(l) + i;
+      a[row][column] = float(part.a->at[i]);
+      b[row][column] = float(part.b->at[i]);
+      c[row][column] = float(part.c->at[i]);
+    }
+  for (int row = 0; row < 8; row++)
+    for (int k = 0; k < 8; k++)
+      for (int column = 0; column < 8; column++)
+        c[row][column] = __builtin_fmaf(a[row][k], b[k][column], c[row][column]);
+  for (uint32_t l = 0; l < 32; l++)
+    for (uint32_t i = 0; i < 2; i++)
+      static_cast<MatrixPart<D, A, B, C>*>(lanes[l])->d->at[i] = D(c[matrix_row(l)][matrix_column(l) + i]);
+  count_matrix_product();
+}
+
+}  // namespace emulator
+
+namespace metal {
+
+template <class T, class Memory>
+inline void simdgroup_load(simdgroup_matrix<T, 8, 8>& m, const Memory* from, ulong stride = 8,
+                           ulong2 origin = ulong2(0), bool transposed = false, SITE) {
+  emulator::meet_simdgroup(emulator::do_nothing, nullptr, site, true);
+  for (int i = 0; i < 2; i++) m.elements.at[i] = emulator::matrix_element(from, stride, origin, transposed, i);
+}
+
+template <class T, class Memory>
+inline void simdgroup_store(const simdgroup_matrix<T, 8, 8>& m, Memory* to, ulong stride = 8,
+                            ulong2 origin = ulong2(0), bool transposed = false, SITE) {
+  emulator::meet_simdgroup(emulator::do_nothing, nullptr, site, true);
+  for (int i = 0; i < 2; i++) emulator::matrix_element(to, stride, origin, transposed, i) = m.elements.at[i];
+}
+
+template <class D, class A, class B, class C>
+inline void simdgroup_multiply_accumulate(simdgroup_matrix<D, 8, 8>& d, const simdgroup_matrix<A, 8, 8>& a,
+                                          const simdgroup_matrix<B, 8, 8>& b, const simdgroup_matrix<C, 8, 8>& c, SITE) {
+  emulator::MatrixPart<D, A, B, C> mine{&d.elements, &a.elements, &b.elements, &c.elements};
+  emulator::meet_simdgroup(emulator::multiply_matrices<D, A, B, C>, &mine, site, true);
+}
+
+template <class D, class A, class B>
+inline void simdgroup_multiply(simdgroup_matrix<D, 8, 8>& d, const simdgroup_matrix<A, 8, 8>& a,
+                               const simdgroup_matrix<B, 8, 8>& b, SITE) {
+  simdgroup_multiply_accumulate(d, a, b, make_filled_simdgroup_matrix<float, 8, 8>(0), site);
+}
+
+}  // namespace metal

@@ -1,0 +1,49 @@
+// The part of <metal_stdlib> that kernels use, and what a translated kernel needs besides.
+#pragma once
+#include "metal_atomic.h"
+#include "metal_math.h"
+#include "metal_matrix.h"
+#include "metal_simdgroup.h"
+#include "metal_types.h"
+
+namespace metal {
+
+struct os_log {  // drops what is logged
+  template <class... Arguments> constexpr os_log(Arguments...) {}
+  template <class... Arguments> void log_debug(Arguments...) const {}
+};
+
+}  // namespace metal
+
+using metal::as_type, metal::atomic, metal::vec;
+using namespace metal;
+
+namespace emulator {
+
+// A kernel's arguments as they come, converted to whatever the parameter's type is.
+struct Pointer {
+  void* address;
+  template <class T> operator T*() const { return (T*)address; }
+};
+struct Reference {
+  void* address;
+  template <class T> operator T&() const { return *(T*)address; }
+};
+struct Position {
+  const uint32_t* at;
+  template <class T> NOT_CHECKED operator vec<T, 3>() const { return {T(at[0]), T(at[1]), T(at[2])}; }
+  template <class T> NOT_CHECKED operator vec<T, 2>() const { return {T(at[0]), T(at[1])}; }
+  NOT_CHECKED operator uint() const { return at[0]; }
+};
+
+}  // namespace emulator
+
+// `threadgroup Name_type Name;`, given the type.
+#ifdef METAL_LINT
+#define THREADGROUP_VARIABLE(name) threadgroup name##_type& name = *(threadgroup name##_type*)0;
+#else
+#define THREADGROUP_VARIABLE(name)                                                                    \
+  static const char name##_key = 0;                                                                   \
+  name##_type& name = *static_cast<name##_type*>(                                                     \
+      emulator::threadgroup_variable(&name##_key, sizeof(name##_type), alignof(name##_type), #name));
+#endif

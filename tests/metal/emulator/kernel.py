@@ -1,0 +1,306 @@
+"""Runs Metal kernels on the CPU: `metal_kernel` in the place of `mx.fast.metal_kernel`, and `Library`.
+
+With `check` (the default) every access to memory is looked at: out of bounds, read before written, or
+unordered with another thread's, it raises KernelError. That takes about four times as long as without.
+"""
+
+import ctypes
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from .build import HEADERS, build
+from .source import ATTRIBUTES, SourceError, inline_includes, translate
+
+# MLX passes inputs of fewer elements in the constant address space.
+LEAST_DEVICE_ELEMENTS = 8
+GUARD_BYTES = 4096
+POISON = 0xFF  # NaN as a number, -1 as an integer
+
+TYPES = {
+    mx.bool_: "bool", mx.float32: "float", mx.float16: "float16_t", mx.bfloat16: "bfloat16_t",
+    mx.int8: "int8_t", mx.int16: "int16_t", mx.int32: "int32_t", mx.int64: "int64_t",
+    mx.uint8: "uint8_t", mx.uint16: "uint16_t", mx.uint32: "uint32_t", mx.uint64: "uint64_t",
+}  # fmt: skip
+
+
+class KernelError(Exception):
+    """What a kernel did that it must not do, one finding a line."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What one call did.
+
+    `read` and `written` are the bytes of each buffer that the threads loaded and stored, as often as they
+    did; empty without `check`. `threadgroup_bytes` is the most that one threadgroup had declared.
+    """
+
+    seconds: float
+    barriers: int
+    collectives: int
+    matrix_products: int
+    threadgroup_bytes: int
+    read: dict[str, int]
+    written: dict[str, int]
+
+    @property
+    def matrix_flops(self) -> int:
+        """Floating-point operations of the 8 x 8 x 8 products, two to a multiply-add."""
+        return self.matrix_products * 2 * 8**3
+
+
+@dataclass(frozen=True)
+class Output:
+    """A buffer for a kernel to write, of garbage or filled with `fill`."""
+
+    shape: Sequence[int]
+    dtype: mx.Dtype
+    fill: float | None = None
+
+
+class _Buffer(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("size", ctypes.c_size_t),
+        ("kind", ctypes.c_int),
+        ("name", ctypes.c_char_p),
+    )
+
+
+class _Counts(ctypes.Structure):
+    _fields_ = tuple(
+        (name, ctypes.c_uint64)
+        for name in ("collectives", "barriers", "matrix_products", "threadgroup_bytes")
+    )
+
+
+class _Memory:
+    """The bytes of one argument between two guards that nobody may write."""
+
+    def __init__(self, name: str, argument: mx.array | Output | None):
+        self.name, self.argument = name, argument
+        self.kind = 0
+        content = np.empty(0, np.uint8)
+        if isinstance(argument, Output):
+            self.kind = 1 if argument.fill is None else 2
+            if argument.fill is None:
+                content = np.full(math.prod(argument.shape) * argument.dtype.size, POISON, np.uint8)
+            else:
+                argument = mx.full(argument.shape, argument.fill, argument.dtype)
+        if isinstance(argument, mx.array):
+            content = np.array(argument.flatten().view(mx.uint8))
+        self.size = content.size
+        self.whole = np.full(self.size + 2 * GUARD_BYTES + 64, POISON, np.uint8)
+        self.start = GUARD_BYTES + -(self.whole.ctypes.data + GUARD_BYTES) % 64
+        self.content[:] = content
+
+    @property
+    def content(self) -> np.ndarray:
+        return self.whole[self.start : self.start + self.size]
+
+    @property
+    def address(self) -> int:
+        return self.whole.ctypes.data + self.start
+
+    def guards_hold(self) -> bool:
+        return bool(
+            (self.whole[: self.start] == POISON).all()
+            and (self.whole[self.start + self.size :] == POISON).all()
+        )
+
+    def array(self) -> mx.array:
+        return mx.array(self.content).view(self.argument.dtype).reshape(self.argument.shape)
+
+
+class Library:
+    """Metal text with kernel functions of its own.
+
+    `folders` are where files included by "..." are looked for.
+    """
+
+    def __init__(self, text: str, folders: Sequence[Path] = (), name: str = "metal"):
+        self.text = inline_includes(text, folders, name, set())
+
+    def run(
+        self,
+        function: str,
+        arguments: Mapping[str, mx.array | Output],
+        grid: Sequence[int],
+        threadgroup: Sequence[int],
+        template: str = "",
+        constants: Mapping = {},
+        check: bool = True,
+        seed: int = 0,
+    ) -> tuple[list[mx.array], Statistics]:
+        """Runs a kernel function and returns its outputs and what it did.
+
+        `arguments` are the buffers by the names of their parameters; one that is left out has no memory.
+        `grid` counts threads. With a `seed` SIMD-groups and threadgroups take turns in another order.
+        """
+        code, names = translate(self.text, function, template, constants)
+        if unknown := set(arguments) - set(names):
+            raise SourceError(f"{function} has no {sorted(unknown)}, only {names}")
+        run = ctypes.CDLL(str(build(code, check))).emulator_run
+        run.restype = ctypes.c_char_p
+        memories = [_Memory(name, arguments.get(name)) for name in names]
+        buffers = (_Buffer * len(memories))(
+            *((m.address, m.size, m.kind, m.name.encode()) for m in memories)
+        )
+        counts, traffic = _Counts(), (ctypes.c_uint64 * (2 * len(memories)))()
+        sizes = [(ctypes.c_uint32 * 3)(*size) for size in (grid, threadgroup)]
+        start = time.perf_counter()
+        found = run(
+            buffers,
+            len(memories),
+            *sizes,
+            int(check),
+            ctypes.c_uint64(seed),
+            ctypes.byref(counts),
+            traffic,
+        ).decode()
+        seconds = time.perf_counter() - start
+        for memory in memories:
+            if not memory.guards_hold():
+                found += f"write out of bounds of '{memory.name}'\n"
+        if found:
+            raise KernelError(f"{function}: {found.strip()}")
+        statistics = Statistics(
+            seconds,
+            counts.barriers,
+            counts.collectives,
+            counts.matrix_products,
+            counts.threadgroup_bytes,
+            dict(zip(names, traffic[::2], strict=True)) if check else {},
+            dict(zip(names, traffic[1::2], strict=True)) if check else {},
+        )
+        return [m.array() for m in memories if isinstance(m.argument, Output)], statistics
+
+
+def metal_kernel(
+    name: str,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    source: str,
+    header: str = "",
+    ensure_row_contiguous: bool = True,
+    atomic_outputs: bool = False,
+    compile_options: dict | None = None,
+    *,
+    check: bool = True,
+    seed: int = 0,
+) -> "EmulatedKernel":
+    """`mx.fast.metal_kernel`, but emulated, with `check` and `seed` as of `Library.run`.
+
+    Inputs are always row-contiguous here, and compile options change nothing.
+    """
+    if not ensure_row_contiguous:
+        raise NotImplementedError("the emulator makes all inputs row-contiguous")
+    return EmulatedKernel(
+        name, input_names, output_names, source, header, atomic_outputs, check, seed
+    )
+
+
+@dataclass
+class EmulatedKernel:
+    """A kernel as `mx.fast.metal_kernel` returns it. `statistics` are those of the last call."""
+
+    name: str
+    input_names: Sequence[str]
+    output_names: Sequence[str]
+    source: str
+    header: str
+    atomic_outputs: bool
+    check: bool
+    seed: int
+    statistics: Statistics | None = None
+
+    def __call__(
+        self,
+        *,
+        inputs: Sequence,
+        output_shapes: Sequence[Sequence[int]],
+        output_dtypes: Sequence[mx.Dtype],
+        grid: Sequence[int],
+        threadgroup: Sequence[int],
+        template: Sequence[tuple] = (),
+        init_value: float | None = None,
+        verbose: bool = False,
+        stream=None,
+    ) -> list[mx.array]:
+        """The outputs; raises KernelError if the kernel did anything wrong."""
+        arrays = [a if isinstance(a, mx.array) else mx.array(a) for a in inputs]
+        outputs = [
+            Output(shape, dtype, init_value)
+            for shape, dtype in zip(output_shapes, output_dtypes, strict=True)
+        ]
+        parameters, arguments = self._parameters(arrays, outputs)
+        text = self._text(parameters, template)
+        if verbose:
+            print(text)
+        results, self.statistics = Library(text, [HEADERS], self.name).run(
+            f"custom_kernel_{self.name}",
+            arguments,
+            grid,
+            threadgroup,
+            ", ".join(_template_value(value) for _, value in template),
+            check=self.check,
+            seed=self.seed,
+        )
+        return results
+
+    def _parameters(self, arrays, outputs):
+        """The parameters of the kernel function MLX would write, and the buffers behind them by name."""
+        parameters, arguments = [], {}
+
+        def add(kind, name, argument):
+            parameters.append(f"{kind} {name} [[buffer({len(arguments)})]]")
+            arguments[name] = argument
+
+        for name, array in zip(self.input_names, arrays, strict=True):
+            space = "constant" if array.size < LEAST_DEVICE_ELEMENTS else "device"
+            mark = "*" if array.ndim else "&"
+            add(f"const {space} {TYPES[array.dtype]}{mark}", name, array)
+            strides = [math.prod(array.shape[i + 1 :]) for i in range(array.ndim)]
+            for suffix, kind, value in (
+                ("shape", "const constant int*", mx.array(array.shape, mx.int32)),
+                ("strides", "const constant int64_t*", mx.array(strides, mx.int64)),
+                ("ndim", "const constant int&", mx.array(array.ndim)),
+            ):
+                if array.ndim and f"{name}_{suffix}" in self.source:
+                    add(kind, f"{name}_{suffix}", value)
+        for name, output in zip(self.output_names, outputs, strict=True):
+            kind = TYPES[output.dtype]
+            add(f"device {f'atomic<{kind}>' if self.atomic_outputs else kind}*", name, output)
+        for name, (kind, _) in ATTRIBUTES.items():
+            if name in self.source:
+                parameters.append(f"{kind} {name} [[{name}]]")
+        return parameters, arguments
+
+    def _text(self, parameters, template):
+        declared = ", ".join(f"{_template_kind(value)} {name}" for name, value in template)
+        return "\n".join(
+            [
+                '#include "mlx_custom_kernel.h"',
+                f'#line 1 "{self.name}, header"',
+                self.header,
+                f"template <{declared}>" if template else "",
+                f"[[kernel]] void custom_kernel_{self.name}({', '.join(parameters)}) {{",
+                f'#line 1 "{self.name}, source"',
+                self.source,
+                "}",
+            ]
+        )
+
+
+def _template_kind(value) -> str:
+    return "typename" if isinstance(value, mx.Dtype) else type(value).__name__
+
+
+def _template_value(value) -> str:
+    return TYPES[value] if isinstance(value, mx.Dtype) else str(value).lower()
