@@ -1,4 +1,4 @@
-"""Runs Metal kernels on the CPU: `metal_kernel` in the place of `mx.fast.metal_kernel`, and `Library`.
+"""Runs Metal kernels on the CPU: `MetalKernel` in the place of `mx.fast.metal_kernel`, and `Library`.
 
 With `check` (the default) every access to memory is looked at: out of bounds, read before written, or
 unordered with another thread's, it raises KernelError. That takes about four times as long as without.
@@ -8,7 +8,7 @@ import ctypes
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlx.core as mx
@@ -182,43 +182,28 @@ class Library:
         return [m.array() for m in memories if isinstance(m.argument, Output)], statistics
 
 
-def metal_kernel(
-    name: str,
-    input_names: Sequence[str],
-    output_names: Sequence[str],
-    source: str,
-    header: str = "",
-    ensure_row_contiguous: bool = True,
-    atomic_outputs: bool = False,
-    compile_options: dict | None = None,
-    *,
-    check: bool = True,
-    seed: int = 0,
-) -> "EmulatedKernel":
-    """`mx.fast.metal_kernel`, but emulated, with `check` and `seed` as of `Library.run`.
-
-    Inputs are always row-contiguous here, and compile options change nothing.
-    """
-    if not ensure_row_contiguous:
-        raise NotImplementedError("the emulator makes all inputs row-contiguous")
-    return EmulatedKernel(
-        name, input_names, output_names, source, header, atomic_outputs, check, seed
-    )
-
-
 @dataclass
-class EmulatedKernel:
-    """A kernel as `mx.fast.metal_kernel` returns it. `statistics` are those of the last call."""
+class MetalKernel:
+    """A kernel made and called as with `mx.fast.metal_kernel`; `check` and `seed` as for `Library.run`.
+
+    Inputs are always row-contiguous and compile options change nothing. `statistics` are of the last call.
+    """
 
     name: str
     input_names: Sequence[str]
     output_names: Sequence[str]
     source: str
-    header: str
-    atomic_outputs: bool
-    check: bool
-    seed: int
-    statistics: Statistics | None = None
+    header: str = ""
+    ensure_row_contiguous: bool = True
+    atomic_outputs: bool = False
+    compile_options: dict | None = None
+    check: bool = field(default=True, kw_only=True)
+    seed: int = field(default=0, kw_only=True)
+    statistics: Statistics | None = field(default=None, init=False)
+
+    def __post_init__(self):
+        if not self.ensure_row_contiguous:
+            raise NotImplementedError("the emulator makes all inputs row-contiguous")
 
     def __call__(
         self,
@@ -243,14 +228,17 @@ class EmulatedKernel:
         text = self._text(parameters, template)
         if verbose:
             print(text)
-        results, self.statistics = Library(text, [HEADERS], self.name).run(
+        return self._run(
+            Library(text, [HEADERS], self.name),
             f"custom_kernel_{self.name}",
-            arguments,
-            grid,
-            threadgroup,
             ", ".join(_template_value(value) for _, value in template),
-            check=self.check,
-            seed=self.seed,
+            arguments,
+            (grid, threadgroup),
+        )
+
+    def _run(self, library, function, template, arguments, sizes):
+        results, self.statistics = library.run(
+            function, arguments, *sizes, template, check=self.check, seed=self.seed
         )
         return results
 

@@ -1,6 +1,6 @@
 // Mathematical functions (specification, chapter 6). Fast and precise variants are the same here, in float.
 #pragma once
-#include "metal_types.h"
+#include "metal_vector.h"
 
 #define INFINITY __builtin_inff()
 #define NAN __builtin_nanf("")
@@ -18,7 +18,7 @@ namespace metal {
   inline half name(half h) { float x = h; return half(value); }                    \
   inline bfloat name(bfloat b) { float x = b; return bfloat(value); }              \
   template <class T, int N> inline vec<T, N> name(vec<T, N> v) {                   \
-    for (int i = 0; i < N; i++) v.at[i] = name(v.at[i]);                           \
+    for (int i = 0; i < N; i++) v[i] = name(v[i]);                           \
     return v;                                                                      \
   }
 #define BUILT_IN(name) FLOATING(name, __builtin_##name##f(x))
@@ -67,26 +67,26 @@ SIGNED_ABS(char) SIGNED_ABS(short) SIGNED_ABS(int) SIGNED_ABS(long)
 
 #define COMPONENTWISE(name)                                                                \
   template <class T, int N> constexpr vec<T, N> name(vec<T, N> a, vec<T, N> b) {           \
-    for (int i = 0; i < N; i++) a.at[i] = name(a.at[i], b.at[i]);                          \
+    for (int i = 0; i < N; i++) a[i] = name(a[i], b[i]);                          \
     return a;                                                                              \
   }
 COMPONENTWISE(max) COMPONENTWISE(min)
 template <class T, int N> constexpr T dot(vec<T, N> a, vec<T, N> b) {
-  T sum = a.at[0] * b.at[0];
-  for (int i = 1; i < N; i++) sum += a.at[i] * b.at[i];
+  T sum = a[0] * b[0];
+  for (int i = 1; i < N; i++) sum += a[i] * b[i];
   return sum;
 }
-template <int N> constexpr bool all(vec<bool, N> v) {
-  for (int i = 0; i < N; i++) if (!v.at[i]) return false;
+template <class Truth, int N> constexpr bool all(vec<Truth, N> v) {
+  for (int i = 0; i < N; i++) if (!v[i]) return false;
   return true;
 }
-template <int N> constexpr bool any(vec<bool, N> v) {
-  for (int i = 0; i < N; i++) if (v.at[i]) return true;
+template <class Truth, int N> constexpr bool any(vec<Truth, N> v) {
+  for (int i = 0; i < N; i++) if (v[i]) return true;
   return false;
 }
 template <class T> constexpr T select(T a, T b, bool second) { return second ? b : a; }
-template <class T, int N> constexpr vec<T, N> select(vec<T, N> a, vec<T, N> b, vec<bool, N> second) {
-  for (int i = 0; i < N; i++) if (second.at[i]) a.at[i] = b.at[i];
+template <class T, class Truth, int N> constexpr vec<T, N> select(vec<T, N> a, vec<T, N> b, vec<Truth, N> second) {
+  for (int i = 0; i < N; i++) if (second[i]) a[i] = b[i];
   return a;
 }
 template <class T> constexpr T mix(T a, T b, T t) { return a + (b - a) * t; }

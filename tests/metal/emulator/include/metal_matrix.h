@@ -21,7 +21,7 @@ template <class T, int Columns, int Rows> struct simdgroup_matrix {
   simdgroup_matrix() : elements(emulator::undefined<T>()) {}
   explicit simdgroup_matrix(T diagonal) {
     const int place = int(emulator::matrix_row(emulator::lane())) - int(emulator::matrix_column(emulator::lane()));
-    elements = vec<T, 2>(place == 0 ? diagonal : T(0), place == 1 ? diagonal : T(0));
+    elements = vec<T, 2>{place == 0 ? diagonal : T(0), place == 1 ? diagonal : T(0)};
   }
   vec<T, 2>& thread_elements() { return elements; }
   const vec<T, 2>& thread_elements() const { return elements; }
@@ -64,9 +64,9 @@ template <class D, class A, class B, class C> NOT_CHECKED void multiply_matrices
     for (uint32_t i = 0; i < 2; i++) {
       const auto& part = *static_cast<MatrixPart<D, A, B, C>*>(lanes[l]);
       const uint32_t row = matrix_row(l), column = matrix_column(l) + i;
-      a[row][column] = float(part.a->at[i]);
-      b[row][column] = float(part.b->at[i]);
-      c[row][column] = float(part.c->at[i]);
+      a[row][column] = float((*part.a)[i]);
+      b[row][column] = float((*part.b)[i]);
+      c[row][column] = float((*part.c)[i]);
     }
   for (int row = 0; row < 8; row++)
     for (int k = 0; k < 8; k++)
@@ -74,7 +74,7 @@ template <class D, class A, class B, class C> NOT_CHECKED void multiply_matrices
         c[row][column] = __builtin_fmaf(a[row][k], b[k][column], c[row][column]);
   for (uint32_t l = 0; l < 32; l++)
     for (uint32_t i = 0; i < 2; i++)
-      static_cast<MatrixPart<D, A, B, C>*>(lanes[l])->d->at[i] = D(c[matrix_row(l)][matrix_column(l) + i]);
+      (*static_cast<MatrixPart<D, A, B, C>*>(lanes[l])->d)[i] = D(c[matrix_row(l)][matrix_column(l) + i]);
   count_matrix_product();
 }
 
@@ -86,14 +86,14 @@ template <class T, class Memory>
 inline void simdgroup_load(simdgroup_matrix<T, 8, 8>& m, const Memory* from, ulong stride = 8,
                            ulong2 origin = ulong2(0), bool transposed = false, SITE) {
   emulator::meet_simdgroup(emulator::do_nothing, nullptr, site, true);
-  for (int i = 0; i < 2; i++) m.elements.at[i] = emulator::matrix_element(from, stride, origin, transposed, i);
+  for (int i = 0; i < 2; i++) m.elements[i] = emulator::matrix_element(from, stride, origin, transposed, i);
 }
 
 template <class T, class Memory>
 inline void simdgroup_store(const simdgroup_matrix<T, 8, 8>& m, Memory* to, ulong stride = 8,
                             ulong2 origin = ulong2(0), bool transposed = false, SITE) {
   emulator::meet_simdgroup(emulator::do_nothing, nullptr, site, true);
-  for (int i = 0; i < 2; i++) emulator::matrix_element(to, stride, origin, transposed, i) = m.elements.at[i];
+  for (int i = 0; i < 2; i++) emulator::matrix_element(to, stride, origin, transposed, i) = m.elements[i];
 }
 
 template <class D, class A, class B, class C>

@@ -5,6 +5,7 @@
 #include "metal_matrix.h"
 #include "metal_simdgroup.h"
 #include "metal_types.h"
+#include "metal_vector.h"
 
 namespace metal {
 
@@ -41,6 +42,18 @@ struct Position {
 // `threadgroup Name_type Name;`, given the type.
 #ifdef METAL_LINT
 #define THREADGROUP_VARIABLE(name) threadgroup name##_type& name = *(threadgroup name##_type*)0;
+#define float2(...) make_vector<float, 2>(__VA_ARGS__)
+#define float3(...) make_vector<float, 3>(__VA_ARGS__)
+#define float4(...) make_vector<float, 4>(__VA_ARGS__)
+#define half2(...) make_vector<half, 2>(__VA_ARGS__)
+#define half3(...) make_vector<half, 3>(__VA_ARGS__)
+#define half4(...) make_vector<half, 4>(__VA_ARGS__)
+#define int2(...) make_vector<int, 2>(__VA_ARGS__)
+#define int3(...) make_vector<int, 3>(__VA_ARGS__)
+#define int4(...) make_vector<int, 4>(__VA_ARGS__)
+#define uint2(...) make_vector<uint, 2>(__VA_ARGS__)
+#define uint3(...) make_vector<uint, 3>(__VA_ARGS__)
+#define uint4(...) make_vector<uint, 4>(__VA_ARGS__)
 #else
 #define THREADGROUP_VARIABLE(name)                                                                    \
   static const char name##_key = 0;                                                                   \

@@ -1,4 +1,5 @@
-// Metal's address spaces, scalar and vector types (Metal Shading Language Specification 3.2, chapter 2).
+// Metal's address spaces, scalar types and their traits (Metal Shading Language Specification 3.2, chapters
+// 2 and 4).
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -9,7 +10,7 @@
 
 #ifdef METAL_LINT  // clang then keeps pointers to different memories apart, as Metal does
 #define device __attribute__((address_space(1)))
-#define constant __attribute__((address_space(2)))
+#define constant const __attribute__((address_space(2)))
 #define threadgroup __attribute__((address_space(3)))
 #else
 #define device
@@ -31,6 +32,9 @@ typedef unsigned int uint;
 typedef unsigned long ulong;
 typedef _Float16 half;
 
+#ifdef METAL_LINT  // classes cannot be copied between address spaces, so clang's own types stand in
+typedef __bf16 bfloat;
+#else
 // Brain float. Only conversions to wider types are implicit (specification, section 2.1).
 struct bfloat {
   uint16_t bits;
@@ -59,109 +63,12 @@ struct bfloat {
   constexpr bfloat& operator op##=(bfloat& a, bfloat b) { return a = a op b; }
 BFLOAT_OPERATOR(+) BFLOAT_OPERATOR(-) BFLOAT_OPERATOR(*) BFLOAT_OPERATOR(/)
 constexpr bfloat operator-(bfloat a) { return bfloat(-float(a)); }
+#endif
 
-constexpr half operator""h(long double x) { return half(x); }
-constexpr bfloat operator""bf(long double x) { return bfloat(float(x)); }
+constexpr half operator"" h(long double x) { return half(x); }
+constexpr bfloat operator"" bf(long double x) { return bfloat(float(x)); }
 
 namespace metal {
-
-template <class T, int N> struct vec;
-
-// Some components of a vector, such as v.xy, to read or assign.
-template <class T, int N, int... I> struct swizzle {
-  T at[N];
-  operator vec<T, sizeof...(I)>() const { return {at[I]...}; }
-  swizzle& operator=(const vec<T, sizeof...(I)>& value) {
-    int next = 0;
-    ((at[I] = value.at[next++]), ...);
-    return *this;
-  }
-  swizzle& operator=(const swizzle& other) { return *this = vec<T, sizeof...(I)>(other); }
-};
-
-template <class T, int N> struct components;
-template <class T> struct alignas(2 * sizeof(T)) components<T, 2> {
-  union {
-    T at[2];
-    struct { T x, y; };
-    swizzle<T, 2, 1, 0> yx;
-  };
-};
-template <class T> struct alignas(4 * sizeof(T)) components<T, 3> {
-  union {
-    T at[4];
-    struct { T x, y, z; };
-    swizzle<T, 4, 0, 1> xy;
-    swizzle<T, 4, 1, 2> yz;
-  };
-};
-template <class T> struct alignas(4 * sizeof(T)) components<T, 4> {
-  union {
-    T at[4];
-    struct { T x, y, z, w; };
-    swizzle<T, 4, 0, 1> xy;
-    swizzle<T, 4, 1, 2> yz;
-    swizzle<T, 4, 2, 3> zw;
-    swizzle<T, 4, 0, 1, 2> xyz;
-    swizzle<T, 4, 1, 2, 3> yzw;
-  };
-};
-
-template <class T, int N> struct vec : components<T, N> {
-  using components<T, N>::at;
-
-  vec() = default;
-  constexpr vec(const vec&) = default;
-  constexpr vec(T value) { for (int i = 0; i < N; i++) at[i] = value; }
-  template <class U, class = std::enable_if_t<!std::is_same_v<U, T>>>
-  constexpr explicit vec(const vec<U, N>& other) { for (int i = 0; i < N; i++) at[i] = T(other.at[i]); }
-  template <class... Parts, class = std::enable_if_t<(sizeof...(Parts) > 1)>>
-  constexpr vec(const Parts&... parts) { int next = 0; (append(next, parts), ...); }
-
-  constexpr vec& operator=(const vec& other) {
-    for (int i = 0; i < N; i++) at[i] = other.at[i];
-    return *this;
-  }
-  constexpr T& operator[](int i) { return at[i]; }
-  constexpr const T& operator[](int i) const { return at[i]; }
-
- private:
-  template <class U> constexpr void append(int& next, const U& part) { at[next++] = T(part); }
-  template <class U, int M> constexpr void append(int& next, const vec<U, M>& part) {
-    for (int i = 0; i < M; i++) at[next++] = T(part.at[i]);
-  }
-  template <class U, int M, int... I> constexpr void append(int& next, const swizzle<U, M, I...>& part) {
-    append(next, vec<U, sizeof...(I)>(part));
-  }
-};
-
-#define VECTOR_OPERATOR(op, Result)                                                                  \
-  template <class T, int N> constexpr vec<Result, N> operator op(vec<T, N> a, vec<T, N> b) {         \
-    vec<Result, N> out;                                                                              \
-    for (int i = 0; i < N; i++) out.at[i] = Result(a.at[i] op b.at[i]);                              \
-    return out;                                                                                      \
-  }                                                                                                  \
-  template <class T, int N> constexpr auto operator op(vec<T, N> a, std::type_identity_t<T> b) {     \
-    return a op vec<T, N>(b);                                                                        \
-  }                                                                                                  \
-  template <class T, int N> constexpr auto operator op(std::type_identity_t<T> a, vec<T, N> b) {     \
-    return vec<T, N>(a) op b;                                                                        \
-  }
-#define VECTOR_ARITHMETIC(op)                                                                        \
-  VECTOR_OPERATOR(op, T)                                                                             \
-  template <class T, int N, class U> constexpr vec<T, N>& operator op##=(vec<T, N>& a, const U& b) { \
-    return a = a op b;                                                                               \
-  }
-VECTOR_ARITHMETIC(+) VECTOR_ARITHMETIC(-) VECTOR_ARITHMETIC(*) VECTOR_ARITHMETIC(/) VECTOR_ARITHMETIC(%)
-VECTOR_ARITHMETIC(&) VECTOR_ARITHMETIC(|) VECTOR_ARITHMETIC(^) VECTOR_ARITHMETIC(<<) VECTOR_ARITHMETIC(>>)
-VECTOR_OPERATOR(<, bool) VECTOR_OPERATOR(<=, bool) VECTOR_OPERATOR(>, bool) VECTOR_OPERATOR(>=, bool)
-VECTOR_OPERATOR(==, bool) VECTOR_OPERATOR(!=, bool)
-template <class T, int N> constexpr vec<T, N> operator-(vec<T, N> a) { return vec<T, N>(T(0)) - a; }
-
-#define VECTOR_TYPES(T) typedef vec<T, 2> T##2; typedef vec<T, 3> T##3; typedef vec<T, 4> T##4;
-VECTOR_TYPES(float) VECTOR_TYPES(half) VECTOR_TYPES(bfloat) VECTOR_TYPES(bool)
-VECTOR_TYPES(char) VECTOR_TYPES(short) VECTOR_TYPES(int) VECTOR_TYPES(long)
-VECTOR_TYPES(uchar) VECTOR_TYPES(ushort) VECTOR_TYPES(uint) VECTOR_TYPES(ulong)
 
 template <class To, class From> inline To as_type(const From& value) {
   static_assert(sizeof(To) == sizeof(From), "as_type keeps the size");
