@@ -90,13 +90,14 @@ inline Finding note(Region& region, size_t offset, size_t count, uint32_t use, c
   for (size_t i = offset; i < offset + count; i++) {
     Byte& byte = region.bytes[i];
     if (use & reads && byte.write.who == Access::nobody && region.kind != Region::filled_output)
-      report("read before anything was written", i, byte.write);
-    if (unordered(byte.write, now)) report(use & writes ? "two unordered writes" : "read not ordered after a write", i, byte.write);
+      report("uninitialised: read before any write", i, byte.write);
+    if (unordered(byte.write, now)) report(use & writes ? "race: write not ordered after a write" : "race: read not ordered after a write",
+             i, byte.write);
     if (!(use & writes)) {
       byte.read = join_reads(byte.read, now);
       continue;
     }
-    if (unordered(byte.read, now)) report("write not ordered after a read", i, byte.read);
+    if (unordered(byte.read, now)) report("race: write not ordered after a read", i, byte.read);
     byte = {now, {}};
   }
   return found;

@@ -265,9 +265,8 @@ class MetalKernel:
         for name, output in zip(self.output_names, outputs, strict=True):
             kind = TYPES[output.dtype]
             add(f"device {f'atomic<{kind}>' if self.atomic_outputs else kind}*", name, output)
-        for name, (kind, _) in ATTRIBUTES.items():
-            if name in self.source:
-                parameters.append(f"{kind} {name} [[{name}]]")
+        for kind, names in ATTRIBUTES.items():
+            parameters += [f"{kind} {name} [[{name}]]" for name in names if name in self.source]
         return parameters, arguments
 
     def _text(self, parameters, template):

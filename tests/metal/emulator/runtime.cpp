@@ -43,6 +43,9 @@ struct Statistics {
 
 struct Fiber {
   Thread thread;
+  uint32_t index() const { return thread.thread_index_in_threadgroup; }
+  uint32_t group() const { return thread.simdgroup_index_in_threadgroup; }
+
   enum State { ready, in_collective, in_barrier, done } state;
   void* stack_pointer;
   Collective collective;
@@ -92,7 +95,7 @@ class Dispatch {
   void use_region(Region& region, const char* address, size_t size, uint32_t use);
   Region* nearest_region(const char* address);
   uint64_t random();
-  SimdGroup& group() { return groups[running->thread.simdgroup]; }
+  SimdGroup& group() { return groups[running->group()]; }
 
   const uint32_t* grid;
   uint32_t group_size[3], group_count[3];
@@ -182,19 +185,20 @@ void Dispatch::start(uint32_t index, const uint32_t* size) {
                               threadgroup_index / group_count[0] % group_count[1],
                               threadgroup_index / group_count[0] / group_count[1]};
   for (int i = 0; i < 3; i++) {
-    t.position_in_threadgroup[i] = inside[i];
-    t.threadgroup_position[i] = around[i];
-    t.position_in_grid[i] = around[i] * group_size[i] + inside[i];
-    t.threadgroup_size[i] = size[i];
-    t.dispatched_threadgroup_size[i] = group_size[i];
-    t.grid_size[i] = grid[i];
-    t.threadgroups[i] = group_count[i];
+    t.thread_position_in_threadgroup[i] = inside[i];
+    t.threadgroup_position_in_grid[i] = around[i];
+    t.thread_position_in_grid[i] = around[i] * group_size[i] + inside[i];
+    t.threads_per_threadgroup[i] = size[i];
+    t.dispatch_threads_per_threadgroup[i] = group_size[i];
+    t.threads_per_grid[i] = grid[i];
+    t.threadgroups_per_grid[i] = group_count[i];
   }
-  t.index = index;
-  t.lane = index % simd_width;
-  t.simdgroup = index / simd_width;
-  t.simdgroups = groups.size();
-  t.dispatched_simdgroups = (group_size[0] * group_size[1] * group_size[2] + simd_width - 1) / simd_width;
+  t.thread_index_in_threadgroup = index;
+  t.thread_index_in_simdgroup = index % simd_width;
+  t.threads_per_simdgroup = simd_width;
+  t.simdgroup_index_in_threadgroup = index / simd_width;
+  t.simdgroups_per_threadgroup = groups.size();
+  t.dispatch_simdgroups_per_threadgroup = (group_size[0] * group_size[1] * group_size[2] + simd_width - 1) / simd_width;
   fiber.stack_pointer = new_stack(stacks.get() + index * stack_bytes, stack_bytes, run_fiber);
   wake(index);
 }
@@ -207,7 +211,7 @@ uint64_t Dispatch::random() {  // xorshift64 (Marsaglia 2003)
 
 void Dispatch::wake(uint32_t index) {
   fibers[index].state = Fiber::ready;
-  groups[fibers[index].thread.simdgroup].ready.push_back(index);
+  groups[fibers[index].group()].ready.push_back(index);
 }
 
 // The thread that runs next. A SIMD-group runs until it has to wait: with threads chosen one by one at
@@ -279,7 +283,7 @@ void Dispatch::complete_if_met(SimdGroup& group) {
   }
   if (sample->needs_all_lanes && active != ~0u) {
     report("lanes", "simdgroup_matrix function at %s:%d by %d lanes of SIMD-group %u; it needs all 32",
-           sample->site.file, sample->site.line, __builtin_popcount(active), sample->thread.simdgroup);
+           sample->site.file, sample->site.line, __builtin_popcount(active), sample->group());
     stop();
   }
   sample->collective(lanes, active);
@@ -296,6 +300,7 @@ void Dispatch::order_simdgroup(uint32_t memory) {
 
 void Dispatch::wait_at_barrier(uint32_t memory, Site site) {
   running->state = Fiber::in_barrier;
+  running->collective = nullptr;
   running->site = site;
   barrier_memory &= memory;
   if (++at_barrier == live) release_barrier();
@@ -327,18 +332,23 @@ void Dispatch::release_barrier() {
 void Dispatch::report_divergence() {
   for (const SimdGroup& group : groups) {
     if (!group.waiting) continue;
-    std::map<std::string, int> places;
+    std::map<std::pair<int, Collective>, std::pair<int, const Fiber*>> places;  // lanes and one of them
     for (uint32_t l = 0; l < group.count; l++) {
       const Fiber& fiber = fibers[group.first + l];
       if (fiber.state == Fiber::done) continue;
-      const char* what = fiber.state == Fiber::in_barrier ? "the barrier" : "the SIMD-group function";
-      places[std::string(what) + " at " + fiber.site.file + ":" + std::to_string(fiber.site.line)]++;
+      auto& [lanes, sample] = places[{fiber.site.line, fiber.collective}];
+      lanes++;
+      sample = &fiber;
     }
     std::string list;
-    for (auto& [place, lanes] : places)
-      list += (list.empty() ? "" : ", ") + std::to_string(lanes) + " in " + place;
+    for (auto& [place, here] : places) {
+      const auto& [lanes, sample] = here;
+      list += (list.empty() ? "" : ", ") + std::to_string(lanes) + " in a " +
+              (sample->state == Fiber::in_barrier ? "barrier" : "SIMD-group function") + " at " +
+              sample->site.file + ":" + std::to_string(sample->site.line);
+    }
     return report("divergence", "divergent lanes of SIMD-group %u of threadgroup %u: %s",
-                  fibers[group.first].thread.simdgroup, threadgroup_index, list.c_str());
+                  fibers[group.first].group(), threadgroup_index, list.c_str());
   }
 }
 
@@ -364,7 +374,7 @@ void* Dispatch::threadgroup_variable(const void* key, size_t size, size_t alignm
 }
 
 std::string Dispatch::self() const {
-  return "thread " + std::to_string(running->thread.index) + " of threadgroup " +
+  return "thread " + std::to_string(running->index()) + " of threadgroup " +
          std::to_string(threadgroup_index);
 }
 
@@ -386,7 +396,7 @@ void Dispatch::use_region(Region& region, const char* address, size_t size, uint
     return;
   }
   const bool shared = region.kind == Region::threadgroup;
-  const Access now{Access::thread_only, bool(use & atomically), uint16_t(running->thread.index), threadgroup_index,
+  const Access now{Access::thread_only, bool(use & atomically), uint16_t(running->index()), threadgroup_index,
                    shared ? epoch : device_epoch, shared ? group().epoch : group().device_epoch};
   const Finding found = note(region, address - region.base, size, use, now);
   if (!found.what) return;
@@ -414,7 +424,7 @@ bool is_constant(const void* address) {
 
 void Dispatch::use(const void* pointer, size_t size, uint32_t use) {
   const char* address = static_cast<const char*>(pointer);
-  const char* stack = stacks.get() + running->thread.index * stack_bytes;
+  const char* stack = stacks.get() + running->index() * stack_bytes;
   if (address >= stack && address < stack + stack_bytes) return;
   for (Region& region : regions)
     if (region.holds(address, size)) return use_region(region, address, size, use);
@@ -438,7 +448,7 @@ void checked_access(const void* address, size_t size, uint32_t use) { dispatch->
 
 namespace emulator {
 
-uint32_t lane() { return dispatch->running->thread.lane; }
+uint32_t lane() { return dispatch->running->thread.thread_index_in_simdgroup; }
 
 void meet_simdgroup(Collective collective, void* lane, Site site, bool needs_all_lanes) {
   dispatch->meet(collective, lane, site, needs_all_lanes);

@@ -5,14 +5,15 @@
 
 namespace emulator {
 
-// One Metal thread as its kernel sees it.
+// One Metal thread as its kernel sees it, by the names of Metal's attributes (Metal Shading Language
+// Specification 3.2, table 5.8).
 struct Thread {
-  uint32_t position_in_grid[3], position_in_threadgroup[3], threadgroup_position[3];
-  uint32_t threadgroup_size[3];           // of this threadgroup, which the grid's edge may cut
-  uint32_t dispatched_threadgroup_size[3];
-  uint32_t grid_size[3], threadgroups[3];
-  uint32_t index, lane, simdgroup;        // in the threadgroup, in the SIMD-group, of the SIMD-group
-  uint32_t simdgroups, dispatched_simdgroups;
+  uint32_t thread_position_in_grid[3], thread_position_in_threadgroup[3], threadgroup_position_in_grid[3];
+  uint32_t threads_per_grid[3], threadgroups_per_grid[3];
+  uint32_t threads_per_threadgroup[3];  // of this one, which the edge of the grid may cut
+  uint32_t dispatch_threads_per_threadgroup[3];
+  uint32_t thread_index_in_threadgroup, thread_index_in_simdgroup, threads_per_simdgroup;
+  uint32_t simdgroup_index_in_threadgroup, simdgroups_per_threadgroup, dispatch_simdgroups_per_threadgroup;
 };
 
 // The place in the source that calls a barrier or a collective.

@@ -10,31 +10,25 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-# Attribute (specification, table 5.8) -> its type where MLX writes signatures, its C++ value for thread t.
+# The attributes of parameters that the runtime knows, by the type in the signatures MLX writes.
 ATTRIBUTES = {
-    "dispatch_quadgroups_per_threadgroup": ("uint", "t.dispatched_simdgroups * 8"),
-    "dispatch_simdgroups_per_threadgroup": ("uint", "t.dispatched_simdgroups"),
-    "dispatch_threads_per_threadgroup": (
-        "uint3",
-        "emulator::Position{t.dispatched_threadgroup_size}",
+    "uint3": (
+        "dispatch_threads_per_threadgroup",
+        "thread_position_in_grid",
+        "thread_position_in_threadgroup",
+        "threadgroup_position_in_grid",
+        "threadgroups_per_grid",
+        "threads_per_grid",
+        "threads_per_threadgroup",
     ),
-    "grid_origin": ("uint3", "uint3(0)"),
-    "grid_size": ("uint3", "emulator::Position{t.grid_size}"),
-    "quadgroup_index_in_threadgroup": ("uint", "t.index / 4"),
-    "quadgroups_per_threadgroup": ("uint", "t.simdgroups * 8"),
-    "simdgroup_index_in_threadgroup": ("uint", "t.simdgroup"),
-    "simdgroups_per_threadgroup": ("uint", "t.simdgroups"),
-    "thread_execution_width": ("uint", "32u"),
-    "thread_index_in_quadgroup": ("uint", "t.index % 4"),
-    "thread_index_in_simdgroup": ("uint", "t.lane"),
-    "thread_index_in_threadgroup": ("uint", "t.index"),
-    "thread_position_in_grid": ("uint3", "emulator::Position{t.position_in_grid}"),
-    "thread_position_in_threadgroup": ("uint3", "emulator::Position{t.position_in_threadgroup}"),
-    "threadgroup_position_in_grid": ("uint3", "emulator::Position{t.threadgroup_position}"),
-    "threadgroups_per_grid": ("uint3", "emulator::Position{t.threadgroups}"),
-    "threads_per_grid": ("uint3", "emulator::Position{t.grid_size}"),
-    "threads_per_simdgroup": ("uint", "32u"),
-    "threads_per_threadgroup": ("uint3", "emulator::Position{t.threadgroup_size}"),
+    "uint": (
+        "dispatch_simdgroups_per_threadgroup",
+        "simdgroup_index_in_threadgroup",
+        "simdgroups_per_threadgroup",
+        "thread_index_in_simdgroup",
+        "thread_index_in_threadgroup",
+        "threads_per_simdgroup",
+    ),
 }
 
 COMMENT_OR_STRING = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"', re.DOTALL)
@@ -47,6 +41,10 @@ DECLARATOR = r"\w+\s*(?:\[[^;{}]*?\]\s*)*"
 THREADGROUP_VARIABLES = re.compile(
     r"\bthreadgroup\s+((?:typename\s+|struct\s+)?[A-Za-z_][\w:]*(?:\s*<[^;{}()&*]*>)?(?:::\w+)?)\s+"
     rf"({DECLARATOR}(?:,\s*{DECLARATOR})*);"
+)
+# Left over, such a variable would silently be a thread's own.
+NEITHER_POINTER_NOR_REFERENCE = re.compile(
+    r"\bthreadgroup\b(?!(?:<[^;(){}]*>|[^;,(){}=<])*[*&])[^;]*;"
 )
 
 
@@ -84,11 +82,11 @@ def translate(text: str, function: str, template: str, constants: Mapping) -> tu
     """
     buffers, arguments = _bind(text, function)
     text = FUNCTION_CONSTANT.sub(lambda found: _constant(found, constants), text)
-    text = THREADGROUP_VARIABLES.sub(_threadgroup_variables, text)
-    if unknown := re.search(r"\bthreadgroup\s+[^;(){}*&]*(;|=\s*\{)", text):
+    text = ATTRIBUTE.sub("", THREADGROUP_VARIABLES.sub(_threadgroup_variables, text))
+    if unknown := NEITHER_POINTER_NOR_REFERENCE.search(text):
         raise SourceError(f"this declaration is not understood: {unknown[0]}")
     call = f"{function}<{template}>" if template else function
-    code = f"""{ATTRIBUTE.sub("", text)}
+    code = f"""{text}
 extern "C" __attribute__((no_sanitize("thread")))
 void emulator_kernel(void** buffers, const emulator::Thread& t) {{
   (void)t;
@@ -122,7 +120,8 @@ def _bind(text: str, function: str) -> tuple[list[str], list[str]]:
     for parameter in _split(text[head.end() :]):
         attributes = set(re.findall(r"\w+", " ".join(ATTRIBUTE.findall(parameter))))
         parameter = ATTRIBUTE.sub("", parameter)
-        values = [value for name, (_, value) in ATTRIBUTES.items() if name in attributes]
+        values = [f"emulator::Position{{t.{a}}}" for a in ATTRIBUTES["uint3"] if a in attributes]
+        values += [f"t.{a}" for a in ATTRIBUTES["uint"] if a in attributes]
         if "threadgroup" in attributes:
             raise SourceError(f"{function}: threadgroup memory as an argument is not supported")
         if not values:

@@ -50,31 +50,28 @@ template <class T> inline T& matrix_element(T* matrix, ulong stride, metal::ulon
 
 inline void do_nothing(void**, uint32_t) {}
 
-template <class D, class A, class B, class C> struct MatrixPart {
-  metal::vec<D, 2>* d;
-  const metal::vec<A, 2>* a;
-  const metal::vec<B, 2>* b;
-  const metal::vec<C, 2>* c;
+// A lane's elements of c = a b + c, in float, as Apple's GPUs compute.
+struct MatrixPart {
+  float a[2], b[2], c[2];
 };
 
-// Products and sums in float, as Apple's GPUs keep them.
-template <class D, class A, class B, class C> NOT_CHECKED void multiply_matrices(void** lanes, uint32_t) {
+inline NOT_CHECKED void multiply_matrices(void** lanes, uint32_t) {
   float a[8][8], b[8][8], c[8][8];
-  for (uint32_t l = 0; l < 32; l++)
-    for (uint32_t i = 0; i < 2; i++) {
-      const auto& part = *static_cast<MatrixPart<D, A, B, C>*>(lanes[l]);
-      const uint32_t row = matrix_row(l), column = matrix_column(l) + i;
-      a[row][column] = float((*part.a)[i]);
-      b[row][column] = float((*part.b)[i]);
-      c[row][column] = float((*part.c)[i]);
+  for (uint32_t l = 0; l < 32; l++) {
+    const auto part = static_cast<const MatrixPart*>(lanes[l]);
+    for (uint32_t i = 0, row = matrix_row(l), column = matrix_column(l); i < 2; i++, column++) {
+      a[row][column] = part->a[i];
+      b[row][column] = part->b[i];
+      c[row][column] = part->c[i];
     }
+  }
   for (int row = 0; row < 8; row++)
     for (int k = 0; k < 8; k++)
       for (int column = 0; column < 8; column++)
         c[row][column] = __builtin_fmaf(a[row][k], b[k][column], c[row][column]);
   for (uint32_t l = 0; l < 32; l++)
     for (uint32_t i = 0; i < 2; i++)
-      (*static_cast<MatrixPart<D, A, B, C>*>(lanes[l])->d)[i] = D(c[matrix_row(l)][matrix_column(l) + i]);
+      static_cast<MatrixPart*>(lanes[l])->c[i] = c[matrix_row(l)][matrix_column(l) + i];
   count_matrix_product();
 }
 
@@ -99,8 +96,14 @@ inline void simdgroup_store(const simdgroup_matrix<T, 8, 8>& m, Memory* to, ulon
 template <class D, class A, class B, class C>
 inline void simdgroup_multiply_accumulate(simdgroup_matrix<D, 8, 8>& d, const simdgroup_matrix<A, 8, 8>& a,
                                           const simdgroup_matrix<B, 8, 8>& b, const simdgroup_matrix<C, 8, 8>& c, SITE) {
-  emulator::MatrixPart<D, A, B, C> mine{&d.elements, &a.elements, &b.elements, &c.elements};
-  emulator::meet_simdgroup(emulator::multiply_matrices<D, A, B, C>, &mine, site, true);
+  emulator::MatrixPart mine;
+  for (int i = 0; i < 2; i++) {
+    mine.a[i] = float(a.elements[i]);
+    mine.b[i] = float(b.elements[i]);
+    mine.c[i] = float(c.elements[i]);
+  }
+  emulator::meet_simdgroup(emulator::multiply_matrices, &mine, site, true);
+  for (int i = 0; i < 2; i++) d.elements[i] = D(mine.c[i]);
 }
 
 template <class D, class A, class B>

@@ -41,12 +41,15 @@ template <class T> inline T meet(Collective collective, T in, uint32_t source, S
   return mine.out;
 }
 
+// An assignment would be the vector's own, which is checked.
+template <class T> NOT_CHECKED void copy_value(T& to, const T& from) { __builtin_memcpy((void*)&to, &from, sizeof to); }
+
 // Joins neighbours, then pairs of neighbours and so on, leaving inactive lanes out.
 template <class T, class Join> NOT_CHECKED void reduce_lanes(void** lanes, uint32_t active) {
   T value[32];
   uint32_t present = active;
   for (uint32_t l = 0; l < 32; l++)
-    if (auto* p = part<T>(lanes, active, l)) value[l] = p->in;
+    if (auto* p = part<T>(lanes, active, l)) copy_value(value[l], p->in);
   for (uint32_t step = 1; step < 32; step *= 2)
     for (uint32_t l = 0; l < 32; l += 2 * step) {
       if (!(present >> (l + step) & 1)) continue;
@@ -54,7 +57,7 @@ template <class T, class Join> NOT_CHECKED void reduce_lanes(void** lanes, uint3
       present |= 1u << l;
     }
   for (uint32_t l = 0; l < 32; l++)
-    if (auto* p = part<T>(lanes, active, l)) p->out = value[0];
+    if (auto* p = part<T>(lanes, active, l)) copy_value(p->out, value[0]);
 }
 
 template <class T, class Join, bool inclusive> NOT_CHECKED void scan_lanes(void** lanes, uint32_t active) {
@@ -62,7 +65,7 @@ template <class T, class Join, bool inclusive> NOT_CHECKED void scan_lanes(void*
   for (uint32_t l = 0; l < 32; l++)
     if (auto* p = part<T>(lanes, active, l)) {
       const T with = Join::of(so_far, p->in);
-      p->out = inclusive ? with : so_far;
+      copy_value(p->out, inclusive ? with : so_far);
       so_far = with;
     }
 }
@@ -71,7 +74,7 @@ template <class T> NOT_CHECKED void shuffle_lanes(void** lanes, uint32_t active)
   for (uint32_t l = 0; l < 32; l++)
     if (auto* p = part<T>(lanes, active, l)) {
       auto* source = part<T>(lanes, active, p->source);
-      p->out = source ? source->in : undefined<T>();
+      copy_value(p->out, source ? source->in : undefined<T>());
     }
 }
 
