@@ -25,31 +25,39 @@ class LintError(Exception):
 
 @functools.cache
 def clang() -> tuple[str, ...] | None:
-    """The command of a clang++, or None."""
-    if shutil.which("clang++"):
-        return ("clang++",)
+    """The command of a clang++ that knows bfloat16, or None."""
+    commands = [("clang++",)] if shutil.which("clang++") else []
     if importlib.util.find_spec("ziglang"):
-        return (sys.executable, "-m", "ziglang", "c++")
-    return None
+        commands.append((sys.executable, "-m", "ziglang", "c++"))
+    return next(
+        (c for c in commands if not _errors(c, "__bf16 sum(__bf16 x) { return x + x; }")), None
+    )
 
 
 def missing() -> str | None:
     """Why there is no lint here, or None."""
-    return None if clang() else "needs clang++, for example from `pip install ziglang`"
+    return None if clang() else "needs clang++ 17 or newer, for example from `pip install ziglang`"
 
 
 def lint(code: str):
     """Checks C++ from `translate`; raises LintError."""
+    if errors := _errors(clang(), f'#include "metal_stdlib.h"\n{code}'):
+        raise LintError(errors)
+
+
+def _errors(command: tuple[str, ...], code: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.cpp"
-        source.write_text(f'#include "metal_stdlib.h"\n{code}')
+        source.write_text(code)
         # Compiled and not only parsed: ziglang cannot do without a result.
-        command = [*clang(), *KERNEL, "-DMETAL_LINT", f"-I{HEADERS}", "-c", str(source)]
         done = subprocess.run(
-            [*command, "-o", str(source.with_suffix(".o"))], capture_output=True, text=True
+            [*command, *KERNEL, "-DMETAL_LINT", f"-I{HEADERS}", "-c", str(source)]
+            + ["-o", str(source.with_suffix(".o"))],
+            capture_output=True,
+            text=True,
         )
-    if done.returncode:
-        raise LintError("\n".join(line for line in done.stderr.splitlines() if "error" in line))
+    lines = [line for line in done.stderr.splitlines() if "error" in line]
+    return "\n".join(lines or ["clang failed"]) if done.returncode else ""
 
 
 class LintedKernel(MetalKernel):

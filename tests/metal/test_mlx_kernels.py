@@ -20,8 +20,8 @@ pytestmark = pytest.mark.skipif(emulator.missing() is not None, reason=str(emula
 KERNELS = "mlx/backend/metal/kernels"
 STAND_INS = Path(__file__).parent / "stand_ins"
 FOLDERS = [
-    Path(os.environ.get("MLX_SOURCE", "none")),
     *(Path(p) / "include" for p in importlib.import_module("mlx").__path__),
+    Path(os.environ.get("MLX_SOURCE", "none")),
 ]
 # Type, its name in Metal, and the relative rounding of a result.
 TYPES = [

@@ -91,8 +91,9 @@ inline Finding note(Region& region, size_t offset, size_t count, uint32_t use, c
     Byte& byte = region.bytes[i];
     if (use & reads && byte.write.who == Access::nobody && region.kind != Region::filled_output)
       report("uninitialised: read before any write", i, byte.write);
-    if (unordered(byte.write, now)) report(use & writes ? "race: write not ordered after a write" : "race: read not ordered after a write",
-             i, byte.write);
+    if (unordered(byte.write, now))
+      report(use & writes ? "race: write not ordered after a write"
+                          : "race: read not ordered after a write", i, byte.write);
     if (!(use & writes)) {
       byte.read = join_reads(byte.read, now);
       continue;

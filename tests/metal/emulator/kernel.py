@@ -64,6 +64,50 @@ class Output:
     fill: float | None = None
 
 
+class _Memory:
+    """The bytes of one argument, between two guards that nobody may write."""
+
+    def __init__(self, name: str, argument: mx.array | Output | None):
+        self.name, self.argument = name, argument
+        content = _content(argument)
+        self.size = content.size
+        self._whole = np.full(self.size + 2 * GUARD_BYTES + 64, POISON, np.uint8)
+        self._start = GUARD_BYTES + -(self._whole.ctypes.data + GUARD_BYTES) % 64
+        self._content[:] = content
+
+    @property
+    def _content(self) -> np.ndarray:
+        return self._whole[self._start : self._start + self.size]
+
+    @property
+    def address(self) -> int:
+        return self._whole.ctypes.data + self._start
+
+    @property
+    def kind(self) -> int:
+        """As Region::Kind in checker.h."""
+        if not isinstance(self.argument, Output):
+            return 0
+        return 1 if self.argument.fill is None else 2
+
+    def guards_hold(self) -> bool:
+        guards = np.delete(self._whole, np.s_[self._start : self._start + self.size])
+        return bool((guards == POISON).all())
+
+    def array(self) -> mx.array:
+        return mx.array(self._content).view(self.argument.dtype).reshape(self.argument.shape)
+
+
+def _content(argument: mx.array | Output | None) -> np.ndarray:
+    if argument is None:
+        return np.empty(0, np.uint8)
+    if isinstance(argument, Output):
+        if argument.fill is None:
+            return np.full(math.prod(argument.shape) * argument.dtype.size, POISON, np.uint8)
+        argument = mx.full(argument.shape, argument.fill, argument.dtype)
+    return np.array(argument.flatten().view(mx.uint8))
+
+
 class _Buffer(ctypes.Structure):
     _fields_ = (
         ("data", ctypes.c_void_p),
@@ -80,42 +124,40 @@ class _Counts(ctypes.Structure):
     )
 
 
-class _Memory:
-    """The bytes of one argument between two guards that nobody may write."""
-
-    def __init__(self, name: str, argument: mx.array | Output | None):
-        self.name, self.argument = name, argument
-        self.kind = 0
-        content = np.empty(0, np.uint8)
-        if isinstance(argument, Output):
-            self.kind = 1 if argument.fill is None else 2
-            if argument.fill is None:
-                content = np.full(math.prod(argument.shape) * argument.dtype.size, POISON, np.uint8)
-            else:
-                argument = mx.full(argument.shape, argument.fill, argument.dtype)
-        if isinstance(argument, mx.array):
-            content = np.array(argument.flatten().view(mx.uint8))
-        self.size = content.size
-        self.whole = np.full(self.size + 2 * GUARD_BYTES + 64, POISON, np.uint8)
-        self.start = GUARD_BYTES + -(self.whole.ctypes.data + GUARD_BYTES) % 64
-        self.content[:] = content
-
-    @property
-    def content(self) -> np.ndarray:
-        return self.whole[self.start : self.start + self.size]
-
-    @property
-    def address(self) -> int:
-        return self.whole.ctypes.data + self.start
-
-    def guards_hold(self) -> bool:
-        return bool(
-            (self.whole[: self.start] == POISON).all()
-            and (self.whole[self.start + self.size :] == POISON).all()
-        )
-
-    def array(self) -> mx.array:
-        return mx.array(self.content).view(self.argument.dtype).reshape(self.argument.shape)
+def _execute(
+    library: Path,
+    memories: list[_Memory],
+    grid: Sequence[int],
+    threadgroup: Sequence[int],
+    check: bool,
+    seed: int,
+) -> tuple[str, Statistics]:
+    """Calls a library from `build`; returns what was found wrong and what was done."""
+    if min(*grid, *threadgroup) < 1:
+        raise ValueError(f"no threads in a grid of {grid} and threadgroups of {threadgroup}")
+    run = ctypes.CDLL(str(library)).emulator_run
+    run.restype = ctypes.c_char_p
+    buffers = [_Buffer(m.address, m.size, m.kind, m.name.encode()) for m in memories]
+    counts, traffic = _Counts(), (ctypes.c_uint64 * (2 * len(memories)))()
+    start = time.perf_counter()
+    findings = run(
+        (_Buffer * len(buffers))(*buffers),
+        len(buffers),
+        (ctypes.c_uint32 * 3)(*grid),
+        (ctypes.c_uint32 * 3)(*threadgroup),
+        int(check),
+        ctypes.c_uint64(seed),
+        ctypes.byref(counts),
+        traffic,
+    )
+    seconds = time.perf_counter() - start
+    names = [m.name for m in memories] if check else []
+    return findings.decode(), Statistics(
+        seconds,
+        read=dict(zip(names, traffic[::2], strict=False)),
+        written=dict(zip(names, traffic[1::2], strict=False)),
+        **{name: getattr(counts, name) for name, _ in _Counts._fields_},
+    )
 
 
 class Library:
@@ -146,39 +188,13 @@ class Library:
         code, names = translate(self.text, function, template, constants)
         if unknown := set(arguments) - set(names):
             raise SourceError(f"{function} has no {sorted(unknown)}, only {names}")
-        run = ctypes.CDLL(str(build(code, check))).emulator_run
-        run.restype = ctypes.c_char_p
         memories = [_Memory(name, arguments.get(name)) for name in names]
-        buffers = (_Buffer * len(memories))(
-            *((m.address, m.size, m.kind, m.name.encode()) for m in memories)
-        )
-        counts, traffic = _Counts(), (ctypes.c_uint64 * (2 * len(memories)))()
-        sizes = [(ctypes.c_uint32 * 3)(*size) for size in (grid, threadgroup)]
-        start = time.perf_counter()
-        found = run(
-            buffers,
-            len(memories),
-            *sizes,
-            int(check),
-            ctypes.c_uint64(seed),
-            ctypes.byref(counts),
-            traffic,
-        ).decode()
-        seconds = time.perf_counter() - start
+        found, statistics = _execute(build(code, check), memories, grid, threadgroup, check, seed)
         for memory in memories:
             if not memory.guards_hold():
                 found += f"write out of bounds of '{memory.name}'\n"
         if found:
-            raise KernelError(f"{function}: {found.strip()}")
-        statistics = Statistics(
-            seconds,
-            counts.barriers,
-            counts.collectives,
-            counts.matrix_products,
-            counts.threadgroup_bytes,
-            dict(zip(names, traffic[::2], strict=True)) if check else {},
-            dict(zip(names, traffic[1::2], strict=True)) if check else {},
-        )
+            raise KernelError(f"{function}:\n{found.strip()}")
         return [m.array() for m in memories if isinstance(m.argument, Output)], statistics
 
 

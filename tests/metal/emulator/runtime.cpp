@@ -70,7 +70,7 @@ class Dispatch {
   void wait_at_barrier(uint32_t memory, Site site);
   void order_simdgroup(uint32_t memory);
   void* threadgroup_variable(const void* key, size_t size, size_t alignment, const char* name);
-  void use(const void* address, size_t size, uint32_t use);
+  void access(const void* address, size_t size, uint32_t use);
   std::string self() const;
   void report(const std::string& key, const char* format, ...) __attribute__((format(printf, 3, 4)));
   [[noreturn]] void stop();
@@ -88,12 +88,11 @@ class Dispatch {
   void wake(uint32_t index);
   Fiber* choose();
   void yield();
-  void complete(SimdGroup& group, const Fiber& sample);
   void complete_if_met(SimdGroup& group);
   void release_barrier();
   void report_divergence();
-  void use_region(Region& region, const char* address, size_t size, uint32_t use);
-  Region* nearest_region(const char* address);
+  void access_region(Region& region, const char* address, size_t size, uint32_t use);
+  const Region& nearest_region(const char* address) const;
   uint64_t random();
   SimdGroup& group() { return groups[running->group()]; }
 
@@ -121,7 +120,11 @@ void run_fiber() {
 
 Dispatch::Dispatch(const Buffer* given, int count, const uint32_t* grid, const uint32_t* threadgroup,
                    bool checked, uint64_t seed, Statistics& statistics)
-    : checked(checked), statistics(statistics), grid(grid), seed(seed), random_state(seed * 0x9E3779B97F4A7C15ull + 1) {
+    : checked(checked),
+      statistics(statistics),
+      grid(grid),
+      seed(seed),
+      random_state(seed * 0x9E3779B97F4A7C15ull + 1) {
   for (int i = 0; i < count; i++) {
     Region region{Region::Kind(given[i].kind), given[i].name, (char*)given[i].data, given[i].size, {}};
     if (checked && region.kind != Region::input) region.bytes.resize(region.size);
@@ -144,10 +147,9 @@ void Dispatch::run() {
   for (uint32_t i = 0; i < order.size(); i++) order[i] = i;
   if (seed)
     for (size_t i = order.size(); i > 1; i--) std::swap(order[i - 1], order[random() % i]);
-  const size_t shared_regions = regions.size();
   for (uint32_t index : order) {
     run_threadgroup(index);
-    regions.resize(shared_regions);
+    regions.erase(regions.begin() + buffers.size(), regions.end());
     if (stopped) return;
   }
 }
@@ -198,7 +200,8 @@ void Dispatch::start(uint32_t index, const uint32_t* size) {
   t.threads_per_simdgroup = simd_width;
   t.simdgroup_index_in_threadgroup = index / simd_width;
   t.simdgroups_per_threadgroup = groups.size();
-  t.dispatch_simdgroups_per_threadgroup = (group_size[0] * group_size[1] * group_size[2] + simd_width - 1) / simd_width;
+  const uint32_t full = group_size[0] * group_size[1] * group_size[2];
+  t.dispatch_simdgroups_per_threadgroup = (full + simd_width - 1) / simd_width;
   fiber.stack_pointer = new_stack(stacks.get() + index * stack_bytes, stack_bytes, run_fiber);
   wake(index);
 }
@@ -388,16 +391,21 @@ void Dispatch::report(const std::string& key, const char* format, ...) {
   findings += std::string(line) + "\n";
 }
 
-void Dispatch::use_region(Region& region, const char* address, size_t size, uint32_t use) {
+void Dispatch::access_region(Region& region, const char* address, size_t size, uint32_t use) {
   if (use & reads) region.read += size;
   if (use & writes) region.written += size;
   if (region.kind == Region::input) {
-    if (use & writes) report("input " + region.name, "write to the input '%s' by %s", region.name.c_str(), self().c_str());
+    if (use & writes)
+      report("input " + region.name, "write to the input '%s' by %s", region.name.c_str(), self().c_str());
     return;
   }
   const bool shared = region.kind == Region::threadgroup;
-  const Access now{Access::thread_only, bool(use & atomically), uint16_t(running->index()), threadgroup_index,
-                   shared ? epoch : device_epoch, shared ? group().epoch : group().device_epoch};
+  const Access now{Access::thread_only,
+                   bool(use & atomically),
+                   uint16_t(running->index()),
+                   threadgroup_index,
+                   shared ? epoch : device_epoch,
+                   shared ? group().epoch : group().device_epoch};
   const Finding found = note(region, address - region.base, size, use, now);
   if (!found.what) return;
   std::string other;
@@ -405,29 +413,31 @@ void Dispatch::use_region(Region& region, const char* address, size_t size, uint
     other = ", against thread " + std::to_string(found.other.thread) + " of threadgroup " +
             std::to_string(found.other.threadgroup_index);
   report(found.what + region.name, "%s: %s '%s', byte %zu, by %s%s", found.what,
-         shared ? "threadgroup variable" : "output", region.name.c_str(), found.offset, self().c_str(), other.c_str());
+         shared ? "threadgroup variable" : "output", region.name.c_str(), found.offset, self().c_str(),
+         other.c_str());
 }
 
-Region* Dispatch::nearest_region(const char* address) {
+const Region& Dispatch::nearest_region(const char* address) const {
   auto distance = [&](const Region& r) {
     return address < r.base ? r.base - address : std::max<ptrdiff_t>(0, address - (r.base + r.size - 1));
   };
-  return &*std::min_element(regions.begin(), regions.end(),
-                            [&](const Region& a, const Region& b) { return distance(a) < distance(b); });
+  return *std::min_element(regions.begin(), regions.end(),
+                           [&](const Region& a, const Region& b) { return distance(a) < distance(b); });
 }
 
 // Whether the address belongs to the kernel's constants, which are part of this library's image.
 bool is_constant(const void* address) {
   Dl_info here, there;
-  return dladdr((void*)&emulator_kernel, &here) && dladdr(address, &there) && here.dli_fbase == there.dli_fbase;
+  return dladdr((void*)&emulator_kernel, &here) && dladdr(address, &there) &&
+         here.dli_fbase == there.dli_fbase;
 }
 
-void Dispatch::use(const void* pointer, size_t size, uint32_t use) {
+void Dispatch::access(const void* pointer, size_t size, uint32_t use) {
   const char* address = static_cast<const char*>(pointer);
   const char* stack = stacks.get() + running->index() * stack_bytes;
   if (address >= stack && address < stack + stack_bytes) return;
   for (Region& region : regions)
-    if (region.holds(address, size)) return use_region(region, address, size, use);
+    if (region.holds(address, size)) return access_region(region, address, size, use);
   const char* what = use & writes ? "write" : "read";
   if (address >= stacks.get() && address < stacks.get() + fibers.size() * stack_bytes) {
     report("private", "%s of another thread's private memory by %s", what, self().c_str());
@@ -435,14 +445,16 @@ void Dispatch::use(const void* pointer, size_t size, uint32_t use) {
     if (!(use & writes)) return;
     report("constant", "write to constant memory by %s", self().c_str());
   } else {
-    const Region& region = *nearest_region(address);
-    report("bounds", "%s of %zu bytes out of bounds by %s; nearest is '%s' of %zu bytes, at offset %td", what, size,
-           self().c_str(), region.name.c_str(), region.size, address - region.base);
+    const Region& region = nearest_region(address);
+    report("bounds", "%s of %zu bytes out of bounds by %s: at byte %td of '%s', which has %zu", what, size,
+           self().c_str(), address - region.base, region.name.c_str(), region.size);
   }
   stop();
 }
 
-void checked_access(const void* address, size_t size, uint32_t use) { dispatch->use(address, size, use); }
+void checked_access(const void* address, size_t size, uint32_t use) {
+  if (dispatch) dispatch->access(address, size, use);  // none runs while constants get their values
+}
 
 }  // namespace
 
@@ -471,7 +483,7 @@ void* threadgroup_variable(const void* key, size_t size, size_t alignment, const
 }
 
 void use_atomically(const void* address, size_t size, uint32_t use) {
-  if (dispatch->checked) dispatch->use(address, size, use | atomically);
+  if (dispatch->checked) dispatch->access(address, size, use | atomically);
 }
 
 void count_matrix_product() { dispatch->statistics.matrix_products++; }
@@ -482,8 +494,10 @@ extern "C" {
 
 // Runs the kernel. Returns what was found wrong, "" for nothing; valid until the next call. `traffic` gets
 // two numbers for each buffer, bytes read and bytes written, in the checked build.
-__attribute__((visibility("default"))) const char* emulator_run(const Buffer* buffers, int count, const uint32_t* grid, const uint32_t* threadgroup,
-                         int checked, uint64_t seed, Statistics* statistics, uint64_t* traffic) {
+__attribute__((visibility("default")))
+const char* emulator_run(const Buffer* buffers, int count, const uint32_t* grid,
+                         const uint32_t* threadgroup, int checked, uint64_t seed, Statistics* statistics,
+                         uint64_t* traffic) {
   static std::string findings;
   *statistics = {};
   Dispatch here(buffers, count, grid, threadgroup, checked, seed, *statistics);
@@ -500,19 +514,18 @@ __attribute__((visibility("default"))) const char* emulator_run(const Buffer* bu
 
 // ---- what -fsanitize=thread calls at every access ----
 
-#define ACCESS(bytes)                                                                                  \
-  void __tsan_read##bytes(void* p) { checked_access(p, bytes, reads); }                                \
-  void __tsan_write##bytes(void* p) { checked_access(p, bytes, writes); }                              \
-  void __tsan_unaligned_read##bytes(void* p) { checked_access(p, bytes, reads); }                      \
-  void __tsan_unaligned_write##bytes(void* p) { checked_access(p, bytes, writes); }                    \
-  void __tsan_volatile_read##bytes(void* p) { checked_access(p, bytes, reads); }                       \
-  void __tsan_volatile_write##bytes(void* p) { checked_access(p, bytes, writes); }                     \
-  void __tsan_read_write##bytes(void* p) { checked_access(p, bytes, reads); checked_access(p, bytes, writes); } \
-  void __tsan_unaligned_read_write##bytes(void* p) { __tsan_read_write##bytes(p); }
+#define ACCESS(bytes)                                                                   \
+  void __tsan_read##bytes(void* p) { checked_access(p, bytes, reads); }                 \
+  void __tsan_write##bytes(void* p) { checked_access(p, bytes, writes); }               \
+  void __tsan_unaligned_read##bytes(void* p) { checked_access(p, bytes, reads); }       \
+  void __tsan_unaligned_write##bytes(void* p) { checked_access(p, bytes, writes); }
 ACCESS(1) ACCESS(2) ACCESS(4) ACCESS(8) ACCESS(16)
 void __tsan_read_range(void* p, size_t n) { checked_access(p, n, reads); }
 void __tsan_write_range(void* p, size_t n) { checked_access(p, n, writes); }
-void* __tsan_memset(void* to, int value, size_t n) { checked_access(to, n, writes); return memset(to, value, n); }
+void* __tsan_memset(void* to, int value, size_t n) {
+  checked_access(to, n, writes);
+  return memset(to, value, n);
+}
 void* __tsan_memcpy(void* to, const void* from, size_t n) {
   checked_access(from, n, reads);
   checked_access(to, n, writes);

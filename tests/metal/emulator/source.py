@@ -60,16 +60,15 @@ def inline_includes(text: str, folders: Sequence[Path], name: str, seen: set[Pat
     lines = [f'#line 1 "{name}"']
     for number, line in enumerate(text.split("\n"), 1):
         include = INCLUDE.match(line)
-        if not include:
-            lines.append(line)
+        if not include or not include[1]:
+            lines.append("" if include else line)
             continue
-        if include[1]:
-            file = next((f / include[1] for f in folders if (f / include[1]).exists()), None)
-            if file is None:
-                raise SourceError(f"{name}:{number}: {include[1]} is in none of the folders")
-            if file not in seen:
-                seen.add(file)
-                lines.append(inline_includes(file.read_text(), folders, include[1], seen))
+        file = next((f / include[1] for f in folders if (f / include[1]).exists()), None)
+        if file is None:
+            raise SourceError(f"{name}:{number}: {include[1]} is in none of the folders")
+        if file not in seen:
+            seen.add(file)
+            lines.append(inline_includes(file.read_text(), folders, include[1], seen))
         lines.append(f'#line {number + 1} "{name}"')
     return "\n".join(lines)
 

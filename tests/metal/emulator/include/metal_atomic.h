@@ -23,7 +23,8 @@ FETCH(atomic_fetch_max_explicit, max(old, x)) FETCH(atomic_fetch_min_explicit, m
 FETCH(atomic_fetch_and_explicit, T(old & x)) FETCH(atomic_fetch_or_explicit, T(old | x))
 FETCH(atomic_fetch_xor_explicit, T(old ^ x)) FETCH(atomic_exchange_explicit, x)
 
-template <class T, class U> NOT_CHECKED void atomic_store_explicit(atomic<T>* object, U value, memory_order) {
+template <class T, class U>
+NOT_CHECKED void atomic_store_explicit(atomic<T>* object, U value, memory_order) {
   emulator::use_atomically(object, sizeof(T), emulator::writes);
   object->value = T(value);
 }
@@ -32,7 +33,8 @@ template <class T> NOT_CHECKED T atomic_load_explicit(const atomic<T>* object, m
   return object->value;
 }
 template <class T>
-NOT_CHECKED bool atomic_compare_exchange_weak_explicit(atomic<T>* object, T* expected, T desired, memory_order, memory_order) {
+NOT_CHECKED bool atomic_compare_exchange_weak_explicit(atomic<T>* object, T* expected, T desired,
+                                                       memory_order, memory_order) {
   emulator::use_atomically(object, sizeof(T), emulator::reads | emulator::writes);
   const bool equal = __builtin_memcmp(&object->value, expected, sizeof(T)) == 0;
   (equal ? object->value : *expected) = equal ? desired : object->value;

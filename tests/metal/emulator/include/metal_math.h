@@ -1,4 +1,4 @@
-// Mathematical functions (specification, chapter 6). Fast and precise variants are the same here, in float.
+// Mathematical functions (specification, chapter 6), in float. Fast and precise ones are the same.
 #pragma once
 #include "metal_vector.h"
 
@@ -85,7 +85,8 @@ template <class Truth, int N> constexpr bool any(vec<Truth, N> v) {
   return false;
 }
 template <class T> constexpr T select(T a, T b, bool second) { return second ? b : a; }
-template <class T, class Truth, int N> constexpr vec<T, N> select(vec<T, N> a, vec<T, N> b, vec<Truth, N> second) {
+template <class T, class Truth, int N>
+constexpr vec<T, N> select(vec<T, N> a, vec<T, N> b, vec<Truth, N> second) {
   for (int i = 0; i < N; i++) if (second[i]) a[i] = b[i];
   return a;
 }

@@ -8,7 +8,7 @@
 namespace emulator {
 
 constexpr uint32_t matrix_row(uint32_t lane) { return (lane >> 2 & 4) | (lane >> 1 & 3); }
-constexpr uint32_t matrix_column(uint32_t lane) { return (lane >> 1 & 4) | (lane << 1 & 2); }  // and the next
+constexpr uint32_t matrix_column(uint32_t lane) { return (lane >> 1 & 4) | (lane << 1 & 2); }  // and next
 
 }  // namespace emulator
 
@@ -20,7 +20,7 @@ template <class T, int Columns, int Rows> struct simdgroup_matrix {
 
   simdgroup_matrix() : elements(emulator::undefined<T>()) {}
   explicit simdgroup_matrix(T diagonal) {
-    const int place = int(emulator::matrix_row(emulator::lane())) - int(emulator::matrix_column(emulator::lane()));
+    const uint lane = emulator::lane(), place = emulator::matrix_row(lane) - emulator::matrix_column(lane);
     elements = vec<T, 2>{place == 0 ? diagonal : T(0), place == 1 ? diagonal : T(0)};
   }
   vec<T, 2>& thread_elements() { return elements; }
@@ -42,7 +42,8 @@ inline simdgroup_matrix<T, Columns, Rows> make_filled_simdgroup_matrix(T value) 
 namespace emulator {
 
 // The memory of a lane's element 0 or 1.
-template <class T> inline T& matrix_element(T* matrix, ulong stride, metal::ulong2 origin, bool transposed, int which) {
+template <class T>
+inline T& matrix_element(T* matrix, ulong stride, metal::ulong2 origin, bool transposed, int which) {
   const ulong row = matrix_row(lane()), column = matrix_column(lane()) + which;
   return transposed ? matrix[(origin.y + column) * stride + origin.x + row]
                     : matrix[(origin.y + row) * stride + origin.x + column];
@@ -83,19 +84,22 @@ template <class T, class Memory>
 inline void simdgroup_load(simdgroup_matrix<T, 8, 8>& m, const Memory* from, ulong stride = 8,
                            ulong2 origin = ulong2(0), bool transposed = false, SITE) {
   emulator::meet_simdgroup(emulator::do_nothing, nullptr, site, true);
-  for (int i = 0; i < 2; i++) m.elements[i] = emulator::matrix_element(from, stride, origin, transposed, i);
+  for (int i = 0; i < 2; i++)
+    m.elements[i] = emulator::matrix_element(from, stride, origin, transposed, i);
 }
 
 template <class T, class Memory>
 inline void simdgroup_store(const simdgroup_matrix<T, 8, 8>& m, Memory* to, ulong stride = 8,
                             ulong2 origin = ulong2(0), bool transposed = false, SITE) {
   emulator::meet_simdgroup(emulator::do_nothing, nullptr, site, true);
-  for (int i = 0; i < 2; i++) emulator::matrix_element(to, stride, origin, transposed, i) = m.elements[i];
+  for (int i = 0; i < 2; i++)
+    emulator::matrix_element(to, stride, origin, transposed, i) = m.elements[i];
 }
 
 template <class D, class A, class B, class C>
 inline void simdgroup_multiply_accumulate(simdgroup_matrix<D, 8, 8>& d, const simdgroup_matrix<A, 8, 8>& a,
-                                          const simdgroup_matrix<B, 8, 8>& b, const simdgroup_matrix<C, 8, 8>& c, SITE) {
+                                          const simdgroup_matrix<B, 8, 8>& b,
+                                          const simdgroup_matrix<C, 8, 8>& c, SITE) {
   emulator::MatrixPart mine;
   for (int i = 0; i < 2; i++) {
     mine.a[i] = float(a.elements[i]);

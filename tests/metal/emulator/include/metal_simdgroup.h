@@ -11,8 +11,10 @@ constexpr mem_flags operator|(mem_flags a, mem_flags b) { return mem_flags(int(a
 
 #define SITE emulator::Site site = emulator::Site::here()
 
-inline void threadgroup_barrier(mem_flags memory, SITE) { emulator::threadgroup_barrier(uint(memory), site); }
-inline void simdgroup_barrier(mem_flags memory, SITE) { emulator::simdgroup_barrier(uint(memory), site); }
+inline void threadgroup_barrier(mem_flags flags, SITE) {
+  emulator::threadgroup_barrier(uint(flags), site);
+}
+inline void simdgroup_barrier(mem_flags flags, SITE) { emulator::simdgroup_barrier(uint(flags), site); }
 
 }  // namespace metal
 
@@ -42,7 +44,9 @@ template <class T> inline T meet(Collective collective, T in, uint32_t source, S
 }
 
 // An assignment would be the vector's own, which is checked.
-template <class T> NOT_CHECKED void copy_value(T& to, const T& from) { __builtin_memcpy((void*)&to, &from, sizeof to); }
+template <class T> NOT_CHECKED void copy_value(T& to, const T& from) {
+  __builtin_memcpy((void*)&to, &from, sizeof to);
+}
 
 // Joins neighbours, then pairs of neighbours and so on, leaving inactive lanes out.
 template <class T, class Join> NOT_CHECKED void reduce_lanes(void** lanes, uint32_t active) {
@@ -94,13 +98,17 @@ struct Product {
 
 namespace metal {
 
-#define REDUCTION(name, Join) \
-  template <class T> inline T name(T x, SITE) { return emulator::meet(emulator::reduce_lanes<T, emulator::Join>, x, 0, site); }
+#define REDUCTION(name, Join)                                                          \
+  template <class T> inline T name(T x, SITE) {                                        \
+    return emulator::meet(emulator::reduce_lanes<T, emulator::Join>, x, 0, site);      \
+  }
 REDUCTION(simd_sum, Sum) REDUCTION(simd_product, Product) REDUCTION(simd_max, Max) REDUCTION(simd_min, Min)
 REDUCTION(simd_and, And) REDUCTION(simd_or, Or) REDUCTION(simd_xor, Xor)
 
-#define SCAN(name, Join, inclusive) \
-  template <class T> inline T name(T x, SITE) { return emulator::meet(emulator::scan_lanes<T, emulator::Join, inclusive>, x, 0, site); }
+#define SCAN(name, Join, inclusive)                                                            \
+  template <class T> inline T name(T x, SITE) {                                                \
+    return emulator::meet(emulator::scan_lanes<T, emulator::Join, inclusive>, x, 0, site);     \
+  }
 SCAN(simd_prefix_inclusive_sum, Sum, true) SCAN(simd_prefix_exclusive_sum, Sum, false)
 SCAN(simd_prefix_inclusive_product, Product, true) SCAN(simd_prefix_exclusive_product, Product, false)
 
@@ -121,11 +129,13 @@ SHUFFLE(quad_broadcast, source, (lane & ~3u) | (source & 3))
 
 // The lanes that the shift leaves empty take what it pushes out of `fill`.
 template <class T> inline T simd_shuffle_and_fill_up(T x, T fill, ushort delta, SITE) {
-  const T shifted = simd_shuffle_rotate_up(x, delta, site), filled = simd_shuffle_rotate_up(fill, delta, site);
+  const T shifted = simd_shuffle_rotate_up(x, delta, site);
+  const T filled = simd_shuffle_rotate_up(fill, delta, site);
   return emulator::lane() >= delta ? shifted : filled;
 }
 template <class T> inline T simd_shuffle_and_fill_down(T x, T fill, ushort delta, SITE) {
-  const T shifted = simd_shuffle_rotate_down(x, delta, site), filled = simd_shuffle_rotate_down(fill, delta, site);
+  const T shifted = simd_shuffle_rotate_down(x, delta, site);
+  const T filled = simd_shuffle_rotate_down(fill, delta, site);
   return emulator::lane() + delta < 32 ? shifted : filled;
 }
 

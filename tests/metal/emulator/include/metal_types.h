@@ -1,5 +1,5 @@
-// Metal's address spaces, scalar types and their traits (Metal Shading Language Specification 3.2, chapters
-// 2 and 4).
+// Metal's address spaces, scalar types and their traits (Metal Shading Language Specification 3.2,
+// chapters 2 and 4).
 #pragma once
 #include <stddef.h>
 #include <stdint.h>

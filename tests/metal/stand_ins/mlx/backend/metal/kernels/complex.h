@@ -6,4 +6,6 @@ using complex64_t = complex_t<float>;
 constexpr bool operator>=(complex64_t a, complex64_t b) {
   return a.real > b.real || (a.real == b.real && a.imag >= b.imag);
 }
-constexpr complex64_t operator+(complex64_t a, complex64_t b) { return {a.real + b.real, a.imag + b.imag}; }
+constexpr complex64_t operator+(complex64_t a, complex64_t b) {
+  return {a.real + b.real, a.imag + b.imag};
+}
