@@ -177,6 +177,12 @@ def test_faults_are_reported_whatever_the_schedule(fault):
             )
 
 
+def test_seeds_let_simd_groups_run_ahead_of_each_other():
+    racy = REVERSE.replace(BARRIER, "")
+    found = {run(racy, seed=seed, check=False)[0][0].tobytes() for seed in range(8)}
+    assert len(found) > 1
+
+
 def test_a_threadgroup_holds_1024_threads_and_32_kilobytes():
     source = """
       threadgroup float tile[8192];

@@ -46,17 +46,15 @@ def compiler() -> tuple[str, ...]:
         if not shutil.which(name):
             continue
         version = subprocess.run([name, "--version"], capture_output=True, text=True).stdout
+        options = []
         if "clang" in version:
             # Otherwise it leaves out reads right before a write there, and accesses of over 16 bytes.
-            options = ["-mllvm", "-tsan-instrument-read-before-write=1"]
+            options += ["-mllvm", "-tsan-instrument-read-before-write=1"]
             options += ["-fno-vectorize", "-fno-slp-vectorize"]
         elif int(re.search(r"\) (\d+)", version)[1]) < oldest:
             continue
-        else:
-            options = []
-        if (
-            machine == "x86_64"
-        ):  # with fused multiply-add and half precision, as any of the last decade
+        if machine == "x86_64":
+            # Any of the last decade has fused multiply-add and half precision.
             options.append("-march=x86-64-v3")
         return (name, *options)
     raise BuildError(f"the Metal emulator needs g++ {oldest} or newer, or clang++")

@@ -84,7 +84,7 @@ class Dispatch {
 
  private:
   void run_threadgroup(uint32_t index);
-  void start(uint32_t index, const uint32_t* size);
+  void start(uint32_t index, const uint32_t* position, const uint32_t* size);
   void wake(uint32_t index);
   Fiber* choose();
   void yield();
@@ -173,23 +173,21 @@ void Dispatch::run_threadgroup(uint32_t index) {
     uint32_t count = std::min(simd_width, live - first);
     groups.push_back({first, count, count, 0, 0, 0, {}});
   }
-  for (uint32_t i = live; i-- > 0;) start(i, size);
+  for (uint32_t i = live; i-- > 0;) start(i, position, size);
   running = choose();
   switch_stack(&main_stack, running->stack_pointer);
   running = nullptr;
 }
 
-void Dispatch::start(uint32_t index, const uint32_t* size) {
+// Makes a thread of the threadgroup at `position`, which has `size`.
+void Dispatch::start(uint32_t index, const uint32_t* position, const uint32_t* size) {
   Fiber& fiber = fibers[index];
   Thread& t = fiber.thread;
   const uint32_t inside[3] = {index % size[0], index / size[0] % size[1], index / size[0] / size[1]};
-  const uint32_t around[3] = {threadgroup_index % group_count[0],
-                              threadgroup_index / group_count[0] % group_count[1],
-                              threadgroup_index / group_count[0] / group_count[1]};
   for (int i = 0; i < 3; i++) {
     t.thread_position_in_threadgroup[i] = inside[i];
-    t.threadgroup_position_in_grid[i] = around[i];
-    t.thread_position_in_grid[i] = around[i] * group_size[i] + inside[i];
+    t.threadgroup_position_in_grid[i] = position[i];
+    t.thread_position_in_grid[i] = position[i] * group_size[i] + inside[i];
     t.threads_per_threadgroup[i] = size[i];
     t.dispatch_threads_per_threadgroup[i] = group_size[i];
     t.threads_per_grid[i] = grid[i];
