@@ -240,10 +240,8 @@ def test_simd_group_functions():
     lane = np.arange(32)
     v = (lane * 7 % 11 - 5 + 0.5).astype(np.float32)
     lines = [f"y[{32 * k} + lane] = {name};" for k, name in enumerate(SIMD_FUNCTIONS)]
-    source = "const uint lane = thread_index_in_simdgroup; const float v = x[lane];" + "\n".join(
-        lines
-    )
-    (y,), _ = run(source, mx.array(v), threads=32, size=32 * len(lines))
+    start = "const uint lane = thread_index_in_simdgroup; const float v = x[lane];"
+    (y,), _ = run("\n".join([start, *lines]), mx.array(v), threads=32, size=32 * len(lines))
     for found, (name, function) in zip(y.reshape(-1, 32), SIMD_FUNCTIONS.items(), strict=True):
         np.testing.assert_allclose(
             found, function(v.astype(np.float64), lane), rtol=1e-5, err_msg=name
@@ -252,13 +250,14 @@ def test_simd_group_functions():
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
 def test_matrix_functions(dtype):
+    mx.random.seed(0)
     x = mx.random.normal((2, 8, 8)).astype(dtype)
     (y, z), statistics = run(
         PRODUCT, x, threads=32, groups=2, size=128, outputs=2, call={"template": [("T", dtype)]}
     )
     a = np.array(x.astype(mx.float32), np.float64)
-    np.testing.assert_allclose(y.reshape(2, 8, 8), np.eye(8) + a @ a.swapaxes(1, 2), atol=1e-5)
-    np.testing.assert_allclose(z.reshape(2, 8, 8), (a @ a).swapaxes(1, 2), atol=1e-5)
+    np.testing.assert_allclose(y.reshape(2, 8, 8), np.eye(8) + a @ a.swapaxes(1, 2), atol=1e-4)
+    np.testing.assert_allclose(z.reshape(2, 8, 8), (a @ a).swapaxes(1, 2), atol=1e-4)
     assert statistics.matrix_products == 4 and statistics.matrix_flops == 4 * 2 * 512
     assert statistics.read["x"] == 2 * 2 * 64 * dtype.size
     assert statistics.written == {"x": 0, "y": 512, "z": 512}

@@ -67,7 +67,7 @@ SIGNED_ABS(char) SIGNED_ABS(short) SIGNED_ABS(int) SIGNED_ABS(long)
 
 #define COMPONENTWISE(name)                                                                \
   template <class T, int N> constexpr vec<T, N> name(vec<T, N> a, vec<T, N> b) {           \
-    for (int i = 0; i < N; i++) a[i] = name(a[i], b[i]);                          \
+    for (int i = 0; i < N; i++) a[i] = name(a[i], b[i]);                                   \
     return a;                                                                              \
   }
 COMPONENTWISE(max) COMPONENTWISE(min)
