@@ -1,10 +1,18 @@
-"""Writing files so that a crash at any moment leaves the old file or the new one, never half."""
+"""Writing files so that a crash at any moment leaves the old file or the new one, never half.
+
+And where caches live.
+"""
 
 import json
 import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """Where caches live: $MLX_ALIGN_CACHE, or ~/.cache/mlx-align."""
+    return Path(os.environ.get("MLX_ALIGN_CACHE") or Path.home() / ".cache" / "mlx-align")
 
 
 def write_atomically(path: Path, content: str | Path) -> None:

@@ -7,9 +7,11 @@ arXiv:1805.02867), so memory is tokens x chunk, not tokens x V. With a frozen he
 d logp / d hidden = W[target] - softmax(z) @ W falls out of the same walk and the backward pass only
 scales it: two matrix products a token instead of three.
 
-All sums and logits are float32 whatever the weights are. Knows nothing of where heads come from.
+On a Mac our Metal kernels reduce each chunk in one reading, where they are faster. All sums and logits
+are float32 whatever the weights are. Knows nothing of where heads come from.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +19,11 @@ from typing import NamedTuple
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
+
+from mlx_align.kernels import dispatch, metal_log_prob
+from mlx_align.kernels.dispatch import Variant
+from mlx_align.kernels.metal_log_prob import Chunk
+from mlx_align.kernels.source import DTYPES, MIN_ELEMENTS
 
 # Bytes of one chunk of logits; also bounds the float32 copy of one chunk of weights. MLX's CPU
 # backend allocates up to 100 operations ahead of the one that runs, which is about 8 chunks.
@@ -122,9 +129,8 @@ def _walk(hidden, targets, head, gradient, moments):
     Without `moments` the third and fourth are the first again, since a custom function has no empty
     outputs.
     """
-    count, width = hidden.shape
-    vocabulary = head.weight.shape[0]
-    chunk = max(64, _chunk_bytes() // (4 * max(count, width)))
+    if _use_kernel(mx.float32, hidden.shape[0], head.weight.shape[0]):
+        return _walk_by_kernel(hidden, targets, head, gradient)
     # The softmax is in base 2 (see tree_attention); a soft cap needs natural units before it.
     unit = math.log2(math.e) / head.temperature
     factor = head.scale * (1.0 if head.softcap else unit)
@@ -151,8 +157,7 @@ def _walk(hidden, targets, head, gradient, moments):
         target, slope = bent * (head.softcap * unit), (1 - bent * bent)[:, None]
 
     top = total = squares = mean = pull = None
-    for start in range(0, vocabulary, chunk):
-        part = slice(start, min(start + chunk, vocabulary))
+    for part in _columns(hidden, head):
         if top is not None:
             # Without an order MLX may start many chunks at once, and memory would grow with them.
             hidden = mx.depends([hidden], [top, total] if pull is None else [top, total, pull])[0]
@@ -187,8 +192,75 @@ def _walk(hidden, targets, head, gradient, moments):
     return logp, hit, collision, entropy, pulled
 
 
+def _columns(hidden, head) -> list[slice]:
+    """The parts of the vocabulary whose logits are there at a time."""
+    count, width = hidden.shape
+    vocabulary = head.weight.shape[0]
+    size = max(64, _chunk_bytes() // (4 * max(count, width)))
+    # A few columns that are left go with those in front of them: the kernels take no tiny arrays.
+    starts = range(0, max(1, vocabulary - MIN_ELEMENTS), size)
+    return [slice(a, b) for a, b in itertools.pairwise([*starts, vocabulary])]
+
+
+def _use_kernel(dtype, count, vocabulary) -> bool:
+    if dtype not in DTYPES or count * vocabulary < MIN_ELEMENTS:
+        return False
+    return dispatch.use(Variant.of(metal_log_prob.FILE, dtype), (count, vocabulary))
+
+
+def _walk_by_kernel(hidden, targets, head, gradient):
+    """`_walk` with one reading of each chunk of logits, and another and one writing for the gradient."""
+    hidden = hidden.astype(mx.float32) * head.scale
+    one, none = mx.ones(hidden.shape[0]), mx.zeros(hidden.shape[0])
+    scores = pull = None
+    for part in _columns(hidden, head):
+        if scores is not None:
+            hidden = mx.depends([hidden], list(scores) if pull is None else [*scores, pull])[0]
+        weight = head.rows(part)
+        z = hidden @ weight.swapaxes(-1, -2)
+        if head.bias is not None:
+            z = z + head.bias[part].astype(mx.float32) * head.scale
+        chunk = Chunk(part.start, head.softcap, head.temperature)
+        here = metal_log_prob.chunk_scores(z, targets, chunk)
+        before, scores = scores, here if scores is None else scores.joined(here)
+        if gradient:
+            share = metal_log_prob.chunk_gradient(z, targets, scores.log_sum, none, one, chunk)
+            here_pull = share @ weight
+            if before is not None:
+                here_pull = here_pull + pull * mx.exp(before.log_sum - scores.log_sum)[:, None]
+            pull = here_pull
+    logp, hit, collision, entropy = of_kernel(scores)
+    if not gradient:
+        return logp, hit, collision, entropy, None
+    slope = 1 / head.temperature
+    if head.softcap:
+        bent = scores.target * head.temperature / head.softcap
+        slope = ((1 - bent * bent) / head.temperature)[:, None]
+    return logp, hit, collision, entropy, (slope * head.rows(targets) - pull) * head.scale
+
+
+def of_kernel(scores: metal_log_prob.ChunkScores) -> TokenScores:
+    """What the scores of the whole vocabulary say."""
+    return TokenScores(
+        scores.target - scores.log_sum,
+        scores.target >= scores.top,
+        scores.log_squares - 2 * scores.log_sum,
+        scores.log_sum - scores.mean,
+    )
+
+
 def full_log_probs(logits: mx.array, targets: mx.array, *, moments: bool = False) -> TokenScores:
-    """The scores of each target, int[M], given all logits, float32[M, V]."""
+    """The scores of each target, int[M], given all logits, float[M, V]."""
+    if _use_kernel(logits.dtype, *logits.shape):
+        logp, scores = metal_log_prob.scores_of_logits(logits, targets)
+        scores = of_kernel(scores)._replace(logp=logp)
+        return scores if moments else TokenScores(*scores[:2])
+    return plain_log_probs(logits, targets, moments=moments)
+
+
+def plain_log_probs(logits, targets, *, moments: bool = False) -> TokenScores:
+    """`full_log_probs` in MLX's own operations."""
+    logits = logits.astype(mx.float32)
     target = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
     total = mx.logsumexp(logits, axis=-1)
     logp, hit = target - total, target >= logits.max(axis=-1)
@@ -198,6 +270,36 @@ def full_log_probs(logits: mx.array, targets: mx.array, *, moments: bool = False
     mean = (mx.exp(fixed - fixed_total[:, None]) * fixed).sum(axis=-1)
     collision = mx.logsumexp(2 * fixed, axis=-1) - 2 * fixed_total
     return TokenScores(logp, hit, collision, fixed_total - mean)
+
+
+class TokenRatios(NamedTuple):
+    """What two models say of M targets, float32[M] each.
+
+    logp is the policy's; log_ratio = logp - that of the reference, the k1 estimate of the KL; k3 = exp(-
+    log_ratio) - 1 + log_ratio (Schulman 2020, Approximating KL divergence).
+    """
+
+    logp: mx.array
+    log_ratio: mx.array
+    k3: mx.array
+
+
+def log_ratios(policy: mx.array, reference: mx.array, targets: mx.array) -> TokenRatios:
+    """The ratios of each target, int[M], given all logits of both, float[M, V].
+
+    Differentiable in the policy's logits; the reference's are taken as fixed.
+    """
+    reference = mx.stop_gradient(reference)
+    if policy.dtype == reference.dtype and _use_kernel(policy.dtype, *policy.shape):
+        return TokenRatios(*metal_log_prob.ratios_of_logits(policy, reference, targets))
+    return plain_log_ratios(policy, reference, targets)
+
+
+def plain_log_ratios(policy, reference, targets) -> TokenRatios:
+    """`log_ratios` in MLX's own operations."""
+    logp = plain_log_probs(policy, targets).logp
+    log_ratio = logp - plain_log_probs(reference, targets).logp
+    return TokenRatios(logp, log_ratio, mx.expm1(-log_ratio) + log_ratio)
 
 
 def trained_log_probs(
@@ -219,7 +321,7 @@ def trained_log_probs(
     chunks = [slice(s, min(s + rows, count)) for s in range(0, count, rows)]
 
     def piece(parameters, hidden, targets):
-        z = logits(parameters, hidden).astype(mx.float32)
+        z = logits(parameters, hidden)
         return tuple(x for x in full_log_probs(z, targets, moments=moments) if x is not None)
 
     @mx.custom_function

@@ -5,7 +5,8 @@
 
 A token sees the tokens of its own segment up to itself, and all tokens of the segments above. No
 score between tokens that do not see each other is ever computed: each segment is one causal
-attention over [ancestors, own], the lower-right causal case.
+attention over [ancestors, own], the lower-right causal case. On a Mac our Metal kernels do the whole
+pack at once, where they are faster.
 
 `dense_mask` states the same rule as one matrix and is the reference for tests. Knows nothing of
 models.
@@ -17,7 +18,11 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-# On the CPU, queries are taken in blocks whose scores, for all heads, have about this many bytes.
+from mlx_align.kernels import dispatch, metal_attention
+from mlx_align.kernels.dispatch import Variant
+from mlx_align.kernels.source import DTYPES
+
+# In plain operations, queries are taken in blocks whose scores, for all heads, have about this many bytes.
 SCORE_BYTES = 4 * 2**20
 # MLX's fused attention on the GPU has no backward pass for 8 queries or fewer.
 FUSED_MIN_QUERIES = 9
@@ -51,24 +56,71 @@ def causal_bias(rows: int, keys: int, window: int | None) -> mx.array:
     return hidden * -1e30
 
 
-def tree_attention(q, k, v, segments, *, scale: float, window: int | None = None) -> mx.array:
+def tree_attention(
+    q,
+    k,
+    v,
+    segments,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> mx.array:
     """Attention of every token over its path in the tree.
 
     q is [B, H, T, D], k and v are [B, G, T, D] with H a multiple of G; `segments` holds the
     segments of all rows in order (each knows its row). Returns [B, H, T, D]; tokens outside every
-    segment (padding) get zeros. A `window` of w lets a token see its last w positions only.
+    segment (padding) get zeros. A `window` of w lets a token see its last w positions only; a `softcap`
+    of c bends scores s to c tanh(s / c).
     """
+    limits = {"scale": scale, "window": window, "softcap": softcap}
+    if _has_kernel(q, k, v):
+        size = (q.shape[2], len(segments))
+        if dispatch.use(Variant.of(metal_attention.FILE, q.dtype, q.shape[-1]), size):
+            return metal_attention.flash_attention(q, k, v, segments, **limits)
+    return plain_attention(q, k, v, segments, **limits)
+
+
+def _has_kernel(q, k, v) -> bool:
+    return (
+        q.dtype in DTYPES
+        and q.dtype == k.dtype == v.dtype
+        and q.shape[-1] == v.shape[-1]
+        and q.shape[-1] in metal_attention.HEAD_DIMS
+    )
+
+
+def plain_attention(q, k, v, segments, *, scale, window=None, softcap=None) -> mx.array:
+    """`tree_attention` in MLX's own operations."""
     rows = []
     for row in range(q.shape[0]):
         index = [i for i, segment in enumerate(segments) if segment.row == row]
         single = slice(row, row + 1)
-        attend = _flash_row if mx.default_device() == mx.cpu else _fused_row
-        parts = attend(q[single], k[single], v[single], segments, index, scale, window)
+        arrays = (q[single], k[single], v[single])
+        # MLX's fused attention has no soft cap, and its gradients with a window are T x T.
+        if _fused_is_faster() and softcap is None and not _exceeds(segments, index, window):
+            parts = _fused_row(*arrays, segments, index, scale)
+        else:
+            parts = _flash_row(*arrays, segments, index, scale, window, softcap)
         done = segments[index[-1]].end if index else 0
         if done < q.shape[2]:
             parts = [*parts, mx.zeros((1, q.shape[1], q.shape[2] - done, v.shape[-1]), q.dtype)]
         rows.append(_join(parts))
     return mx.concatenate(rows) if len(rows) > 1 else rows[0]
+
+
+def _fused_is_faster() -> bool:
+    """Whether MLX's fused attention is the faster one."""
+    return mx.default_device() != mx.cpu
+
+
+def _exceeds(segments, index, window) -> bool:
+    """Whether some token does not see its whole path."""
+    lengths = {}
+    for i in index:
+        segment = segments[i]
+        lengths[i] = lengths.get(segment.parent, 0) + segment.end - segment.start
+    return window is not None and max(lengths.values(), default=0) > window
 
 
 def _join(parts):
@@ -87,25 +139,22 @@ def _path(segments, index: int) -> list[int]:
 # -- on a GPU: MLX's fused attention, once for each segment ------------------------------------------
 
 
-def _fused_row(q, k, v, segments, index, scale, window):
+def _fused_row(q, k, v, segments, index, scale):
     outputs = []
     for i in index:
         spans = [slice(segments[j].start, segments[j].end) for j in _path(segments, i)]
         keys = _join([k[:, :, span] for span in spans])
         values = _join([v[:, :, span] for span in spans])
-        outputs.append(_fused(q[:, :, spans[-1]], keys, values, scale, window))
+        outputs.append(_fused(q[:, :, spans[-1]], keys, values, scale))
     return outputs
 
 
-def _fused(q, k, v, scale, window):
+def _fused(q, k, v, scale):
     """Lower-right causal attention of one segment."""
     rows, keys = q.shape[2], k.shape[2]
     if rows < FUSED_MIN_QUERIES:
-        return _plain(q, k, v, scale, causal_bias(rows, keys, window))
-    mask = "causal"
-    if window is not None and keys > window:
-        mask = causal_bias(rows, keys, window) == 0
-    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+        return _plain(q, k, v, scale, causal_bias(rows, keys, None))
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
 
 
 def _plain(q, k, v, scale, bias):
@@ -118,7 +167,7 @@ def _plain(q, k, v, scale, bias):
     return (weights @ v[:, :, None]).reshape(batch, heads, rows, v.shape[-1])
 
 
-# -- on the CPU: all segments in one function with its own backward pass -----------------------------
+# -- in plain operations: all segments in one function with its own backward pass ----------------------
 
 
 class _Block(NamedTuple):
@@ -153,7 +202,7 @@ def _blocks(segments, index, heads, window) -> list[_Block]:
     return blocks
 
 
-def _flash_row(q, k, v, segments, index, scale, window):
+def _flash_row(q, k, v, segments, index, scale, window, softcap):
     """Softmax attention that keeps only its output and log-sum-exp for the backward pass.
 
     Dao et al. 2022 (arXiv:2205.14135), algorithms 1 and 4. The softmax is taken in base 2: on MLX's
@@ -163,7 +212,8 @@ def _flash_row(q, k, v, segments, index, scale, window):
     heads = q.shape[1]
     groups = k.shape[1]
     repeats = heads // groups
-    in_base_2 = scale * math.log2(math.e)
+    unit = math.log2(math.e)
+    factor = scale if softcap else scale * unit
     blocks = _blocks(segments, index, heads, window)
 
     def gather(x, block):
@@ -186,17 +236,21 @@ def _flash_row(q, k, v, segments, index, scale, window):
         return mx.depends([x], done)[0] if done else x
 
     def scores(q, keys, block):
+        """Scores in base 2, and what bends their gradients where there is a soft cap."""
         rows, count = block.end - block.start, keys.shape[2]
-        s = (q * in_base_2) @ keys.swapaxes(-1, -2)
+        s, slope = (q * factor) @ keys.swapaxes(-1, -2), None
+        if softcap:
+            bent = mx.tanh(s / softcap)
+            s, slope = bent * (softcap * unit), 1 - bent * bent
         s = s.reshape(groups, repeats, rows, count) + causal_bias(rows, count, window)
-        return s.reshape(1, groups, repeats * rows, count)
+        return s.reshape(1, groups, repeats * rows, count), slope
 
     @mx.custom_function
     def attend(q, k, v):
         outputs, log_sums = [], []
         for block in blocks:
             queries = after(grouped(q, block), [*outputs[-1:], *log_sums[-1:]])
-            s = scores(queries, gather(k, block), block)
+            s, _ = scores(queries, gather(k, block), block)
             top = s.max(axis=-1, keepdims=True)
             weights = mx.power(2.0, s - top)
             total = weights.sum(axis=-1, keepdims=True)
@@ -212,9 +266,12 @@ def _flash_row(q, k, v, segments, index, scale, window):
             queries = after(grouped(q, block), [*grad_q[-1:], *grad_k.values(), *grad_v.values()])
             keys, values = gather(k, block), gather(v, block)
             grad, out = grouped(cotangents[0], block), grouped(outputs[0], block)
-            weights = mx.power(2.0, scores(queries, keys, block) - grouped(outputs[1], block))
+            s, slope = scores(queries, keys, block)
+            weights = mx.power(2.0, s - grouped(outputs[1], block))
             delta = (grad * out).sum(axis=-1, keepdims=True)
             grad_scores = weights * (grad @ values.swapaxes(-1, -2) - delta)
+            if softcap:
+                grad_scores = grad_scores * slope
             grad_q.append(ungrouped(grad_scores @ keys, block))
             collect(grad_k, grad_scores.swapaxes(-1, -2) @ queries, block)
             collect(grad_v, weights.swapaxes(-1, -2) @ grad, block)

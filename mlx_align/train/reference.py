@@ -9,7 +9,6 @@ changed model, tokenizer, template or row does not.
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import numpy as np
 
 from mlx_align.data.template import Example
 from mlx_align.errors import StaleReferenceError
-from mlx_align.files import write_json
+from mlx_align.files import cache_folder, write_json
 from mlx_align.model.adapter import Adapter, save_weights
 from mlx_align.model.forward import make_batches, token_log_probs
 from mlx_align.model.load import LoadedModel
@@ -28,11 +27,6 @@ from mlx_align.settings import fingerprint
 PART = 256
 
 LogProbs = dict[str, np.ndarray]
-
-
-def cache_folder() -> Path:
-    """Where caches live: $MLX_ALIGN_CACHE, or ~/.cache/mlx-align."""
-    return Path(os.environ.get("MLX_ALIGN_CACHE") or Path.home() / ".cache" / "mlx-align")
 
 
 def model_fingerprint(loaded: LoadedModel) -> str:
