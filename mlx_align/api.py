@@ -13,6 +13,7 @@ from mlx_align.errors import DataError, ExportError, ModelError, SettingsError
 from mlx_align.evaluate.compare import Answers, Comparison, Evaluation
 from mlx_align.evaluate.sweep import Sweep, run_sweep
 from mlx_align.files import write_json
+from mlx_align.kernels.doctor import Diagnosis, diagnose
 from mlx_align.losses import METHODS
 from mlx_align.rollout.iterate import Iteration
 from mlx_align.rollout.rewards import with_absolute_path
@@ -411,6 +412,14 @@ def check_data(
         chosen, splits, encoder, model=str(model), annotators=annotators, examples=examples
     )
     return advise(check, METHODS)
+
+
+def check_kernels(progress: Callable[[str], None] = lambda line: None) -> Diagnosis:
+    """Check attention and log-probabilities on this machine, and which Metal kernels to use on it.
+
+    What is found of kernels is kept, and from then on decides. `progress` is told what is checked.
+    """
+    return diagnose(progress)
 
 
 def prompts_from_file(path: Path) -> list[Text]:

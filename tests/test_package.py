@@ -127,12 +127,29 @@ def wheel(tmp_path_factory):
 def test_the_wheel_holds_demo_and_kernels_and_is_small(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     for needed in (
-        "mlx_align/metal/README.md", "mlx_align/demo/model/model.safetensors",
-        "mlx_align/demo/data/pairs/train.jsonl", "mlx_align/cli/train.py",
+        "mlx_align/metal/tree_attention.metal", "mlx_align/metal/token_log_prob.metal",
+        "mlx_align/demo/model/model.safetensors", "mlx_align/demo/data/pairs/train.jsonl",
+        "mlx_align/cli/train.py",
     ):  # fmt: skip
         assert needed in names
     assert not [n for n in names if n.startswith(("tests/", "scripts/"))]
     assert wheel.stat().st_size < 8e6
+
+
+def test_the_wheel_finds_its_kernels(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = """
+from mlx_align.kernels.source import metal_folder, read_kernels, read_source
+print(metal_folder(), *read_kernels(read_source("tree_attention")))
+"""
+    found = python(
+        code, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}
+    ).stdout.split()
+    assert found == [
+        str(tmp_path / "mlx_align" / "metal"),
+        "tree_attention_forward",
+        "tree_attention_gradient",
+    ]
 
 
 def test_the_wheel_runs_the_demo_outside_the_checkout(wheel, tmp_path):
