@@ -68,6 +68,44 @@ def test_other_tools_see_every_batch_in_order(benchmark):
     assert len(peer.shapes) == 3
 
 
+# -- kernels -----------------------------------------------------------------------------------------
+
+
+def test_bench_kernels_states_registers():
+    rows = [line.split() for line in run("bench_kernels", "--registers").splitlines()[2:]]
+    assert len(rows) == 15
+    assert ["float16", "128", "16", "in", "registers", "8,960", "88", "108", "108", "88"] in rows
+    assert max(int(n) for row in rows for n in row[-4:]) <= 128
+
+
+def test_bench_kernels_counts():
+    output = run("bench_kernels", "--tokens", 128, "--dims", 64, "--rows", 2, "--vocabulary", 600)
+    rows = [line.split() for line in output.splitlines()]
+    # One head, 128 tokens, 16 segments: the array's bytes are written four times, for O and gradients.
+    (segments,) = (row for row in rows if row[:3] == ["16", "uneven", "segments"])
+    assert segments[3] == "64" and float(segments[11]) == round(4 * 128 * 64 * 2 / 1e6, 1)
+    chunks = {row[1]: row[2:4] for row in rows if row and row[0] == "float16" and len(row) == 9}
+    assert chunks["token_log_prob_gradient"] == ["1.00", "1.00"]
+    assert chunks["token_log_prob_log_ratio"] == ["2.00", "0.01"]
+    assert ["32,768", "1.35", "GB", "138.8", "GB"] in rows
+
+
+def test_bench_kernels_memory_grows_with_the_length_and_not_its_square():
+    output = run("bench_kernels", "--memory", "--tokens", 1024)
+    peaks = [int(re.search(r"(\d+) MB", line)[1]) for line in output.splitlines()[2:]]
+    assert len(peaks) == 6
+    assert max(peaks[4:]) < 2.2 * max(peaks[2:4])
+
+
+def test_mutate_kernels_shows_what_notices_a_fault():
+    output = run("mutate_kernels", "ratio the other way").splitlines()
+    assert output[2].startswith(
+        "| token_log_prob: ratio the other way | test_ratios_of_two_models["
+    )
+    assert output[2].endswith("| numbers |")
+    assert output[-1] == "1 of 1 faults noticed"
+
+
 # -- gsm8k_preferences -------------------------------------------------------------------------------
 
 
