@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_align.data.jsonl import summarise
 from mlx_align.errors import ModelError, SettingsError
 from mlx_align.files import write_atomically
 from mlx_align.settings import Settings, setting
@@ -54,7 +55,8 @@ class AdapterSettings(Settings):
     )
     lora_keys: tuple[str, ...] | None = setting(
         None,
-        "Layers to adapt, by name inside a block (self_attn.q_proj). Default: all linear ones.",
+        "Layers to adapt, by name inside a block (self_attn.q_proj) or by their whole name "
+        "(model.embed_tokens, lm_head). Default: all linear ones of the blocks.",
     )
 
 
@@ -164,17 +166,9 @@ class Adapter:
         return {**self.weights(), "scale": mx.array(float(scale))}
 
     def load(self, weights: dict[str, mx.array], source: str) -> None:
-        """Put on saved arrays. Raises `ModelError` that lists everything that does not fit."""
+        """Put on saved arrays. Raises `ModelError` as `check_fit` does."""
         own = self.weights()
-        wrong = [f"{name}: missing" for name in own.keys() - weights.keys()]
-        for name, array in weights.items():
-            if name not in own:
-                wrong.append(f"{name}: not in this model")
-            elif array.shape != own[name].shape:
-                wrong.append(f"{name}: shape {array.shape}, this model needs {own[name].shape}")
-        if wrong:
-            listed = "\n  ".join(sorted(wrong)[:8])
-            raise ModelError(f"{source}: the adapter does not fit this model:\n  {listed}")
+        check_fit(own, weights, source)
         cast = [(name, array.astype(own[name].dtype)) for name, array in weights.items()]
         self.model.update(tree_unflatten(cast))
         mx.eval(self.parameters())
@@ -195,6 +189,19 @@ class Adapter:
         if settings.lora_keys:
             config["lora_parameters"]["keys"] = list(settings.lora_keys)
         write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+
+
+def check_fit(own: dict[str, mx.array], weights: dict[str, mx.array], source: str) -> None:
+    """Raise `ModelError` that lists where weights differ in names or shapes from a model's own."""
+    wrong = [f"{name}: missing" for name in own.keys() - weights.keys()]
+    for name, array in weights.items():
+        if name not in own:
+            wrong.append(f"{name}: not in this model")
+        elif array.shape != own[name].shape:
+            wrong.append(f"{name}: shape {array.shape}, this model needs {own[name].shape}")
+    if wrong:
+        listed = summarise(sorted(wrong)).replace("\n", "\n  ")
+        raise ModelError(f"{source}: the adapter does not fit this model:\n  {listed}")
 
 
 def save_weights(path: Path, weights: dict[str, mx.array], metadata: dict | None = None) -> None:
@@ -228,16 +235,12 @@ def wear_adapter(model: nn.Module, settings: AdapterSettings, seed: int) -> Adap
             )
         model.unfreeze()
         return Adapter(model, "full", [])
-    layers = []
-    blocks = list(model.layers)
-    count = len(blocks) if settings.lora_layers < 0 else min(settings.lora_layers, len(blocks))
-    for block in blocks[len(blocks) - count :]:
-        for name, parent, key, base in _linear_layers(block):
-            if settings.lora_keys and name not in settings.lora_keys:
-                continue
-            layers.append((parent, key, _adapted(base, settings), base))
+    layers = [
+        (parent, key, _adapted(base, settings), base)
+        for parent, key, base in _chosen_layers(model, settings)
+    ]
     if not layers:
-        known = ", ".join(sorted({name for name, *_ in _linear_layers(blocks[-1])}))
+        known = ", ".join(sorted({name for name, *_ in adaptable_layers(model.layers[-1])}))
         raise SettingsError(
             f"nothing would be trained: lora_layers is {settings.lora_layers}, lora_keys is "
             f"{list(settings.lora_keys or [])}. A block of this model has: {known}"
@@ -248,11 +251,27 @@ def wear_adapter(model: nn.Module, settings: AdapterSettings, seed: int) -> Adap
     return Adapter(model, settings.fine_tune, layers)
 
 
-def _linear_layers(block):
-    """(name, parent, key, layer) of every layer of a block that an adapter can go on."""
+def _chosen_layers(model, settings: AdapterSettings):
+    """(parent, key, layer) of the layers to adapt; names are read as mlx-lm reads them."""
+    blocks = list(model.layers)
+    count = len(blocks) if settings.lora_layers < 0 else min(settings.lora_layers, len(blocks))
+    for block in blocks[len(blocks) - count :]:
+        for name, *place in adaptable_layers(block):
+            if not settings.lora_keys or name in settings.lora_keys:
+                yield place
+    for name, *place in adaptable_layers(model) if settings.lora_keys else ():
+        if name in settings.lora_keys:
+            yield place
+
+
+def adaptable_layers(module: nn.Module):
+    """(name, parent, key, layer) of every layer of a block or model that an adapter can go on."""
     from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-    kinds = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
+    kinds = (
+        nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear,
+        nn.Embedding, nn.QuantizedEmbedding,
+    )  # fmt: skip
 
     def walk(value, path):
         items = value.items() if isinstance(value, dict) else enumerate(value)
@@ -263,12 +282,12 @@ def _linear_layers(block):
             elif isinstance(child, dict | list):
                 yield from walk(child, name)
 
-    return walk(block, "")
+    return walk(module, "")
 
 
 def _adapted(base, settings: AdapterSettings):
     from mlx_lm.tuner.dora import DoRALinear
-    from mlx_lm.tuner.lora import LoRASwitchLinear
+    from mlx_lm.tuner.lora import LoRAEmbedding, LoRASwitchLinear
 
     how = {"r": settings.lora_rank, "scale": settings.lora_scale, "dropout": settings.lora_dropout}
     linear = isinstance(base, nn.Linear | nn.QuantizedLinear)
@@ -282,6 +301,8 @@ def _adapted(base, settings: AdapterSettings):
         return LoRALinear(base, settings.lora_rank, settings.lora_scale, settings.lora_dropout)
     if hasattr(base, "to_lora"):
         return base.to_lora(**how)
+    if isinstance(base, nn.Embedding | nn.QuantizedEmbedding):
+        return LoRAEmbedding.from_base(base, **how)
     return LoRASwitchLinear.from_base(base, **how)
 
 

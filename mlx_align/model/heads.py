@@ -59,12 +59,18 @@ def _tapped(module, method, tap):
 
 @dataclass(eq=False)
 class Head:
-    """The module that makes logits, how it is called, and what follows it."""
+    """The module that makes logits, by its place in the model, how it is called, and what follows."""
 
-    module: nn.Module
+    parent: nn.Module
+    key: str
     method: str  # "__call__" of a linear layer or "as_linear" of a tied embedding
     scale: float = 1.0
     softcap: float | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        """What stands there now: the base's layer or, while an adapter is worn, an adapted one."""
+        return self.parent[self.key]
 
     def tapped(self):
         """While this is open, the model stops at the head; the tap's `hidden` is what it was given."""
@@ -132,27 +138,27 @@ def find_head(model: nn.Module) -> Head | None:
     """The head of a model, or None where it is not a linear layer or does more than scale and cap."""
     in_blocks = {id(m) for block in model.layers for m in block.modules()}
     candidates = []
-    for module in model.modules():
-        if id(module) in in_blocks:
+    places = [(parent, key) for parent in model.modules() for key in parent]
+    for parent, key in places:
+        module = parent[key]
+        if not isinstance(module, nn.Module) or id(module) in in_blocks:
             continue
-        if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
-            candidates.append((module, "as_linear"))
+        if hasattr(module, "as_linear"):
+            candidates.append((parent, key, "as_linear"))
         elif isinstance(module, nn.Linear | nn.QuantizedLinear) or hasattr(module, "lora_a"):
-            candidates.append((module, "__call__"))
-            if hasattr(module, "as_linear"):
-                candidates[-1] = (module, "as_linear")
+            candidates.append((parent, key, "__call__"))
     values = np.concatenate([[1e-3, 1.0, 1e9], np.linspace(-40, 40, 13)]).astype(np.float32)
     answer = mx.array(np.tile(values, (1, 2, 1)))
     with contextlib.ExitStack() as stack:
         taps = [
-            (stack.enter_context(_tapped(module, method, Tap(answer))), module, method)
-            for module, method in candidates
+            (stack.enter_context(_tapped(parent[key], method, Tap(answer))), parent, key, method)
+            for parent, key, method in candidates
         ]
         try:
             out = model(mx.array([[0, 1]]))
         except (TypeError, ValueError, IndexError):
             return None
-    seen = [(module, method) for tap, module, method in taps if tap.hidden is not None]
+    seen = [place for tap, *place in taps if tap.hidden is not None]
     if len(seen) != 1 or out.shape != answer.shape:
         return None
     y = np.asarray(out[0, -1].astype(mx.float32), np.float64)
@@ -165,8 +171,7 @@ def find_head(model: nn.Module) -> Head | None:
         y, expected, rtol=1e-3, atol=1e-4
     ):
         return None
-    module, method = seen[0]
-    return Head(module, method, _round(scale), None if softcap is None else _round(softcap))
+    return Head(*seen[0], _round(scale), None if softcap is None else _round(softcap))
 
 
 class RewardHead(nn.Module):
