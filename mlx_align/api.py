@@ -222,12 +222,15 @@ def export_model(
     dtype: str | None = None,
     name: str | None = None,
     base: str | None = None,
+    adapter_only: bool = False,
+    base_name: str | None = None,
 ) -> Path:
     """Merge a run's adapter into its model and write it for other programs; returns the path.
 
     `to` is "mlx", "hf", "gguf" or "ollama"; `quantize` the GGUF type, `dtype` that of folders,
     `name` the model's name in Ollama. What rounding costs each weight comes from the file `imatrix`
-    of llama-imatrix, or is measured over the text file `calibrate`.
+    of llama-imatrix, or is measured over the text file `calibrate`. With `adapter_only` the adapter is
+    written without its base, which is called `base_name` there; `to` "peft" is that for "hf".
     """
     from mlx_align.export.folder import export_folder
     from mlx_align.export.gguf import export_gguf
@@ -237,18 +240,19 @@ def export_model(
     from mlx_align.model.load import STORED
     from mlx_align.model.open import open_model
 
-    if to not in ("mlx", "hf", "gguf", "ollama"):
-        raise SettingsError(f"to: {to!r} is not one of mlx, hf, gguf, ollama")
+    if to not in ("mlx", "hf", "peft", "gguf", "ollama"):
+        raise SettingsError(f"to: {to!r} is not one of mlx, hf, peft, gguf, ollama")
+    adapter_only = adapter_only or to == "peft"
     folder = Path(source).expanduser()
     name = name or folder.resolve().name
     if quantize is None:
-        quantize = "q8_0" if to == "ollama" else "f16"
+        quantize = "f32" if adapter_only else "q8_0" if to == "ollama" else "f16"
     if quantize not in FILE_TYPES:
         raise SettingsError(f"quantize: {quantize!r} is not one of {', '.join(FILE_TYPES)}")
     if imatrix or calibrate:
         if imatrix and calibrate:
             raise SettingsError("imatrix and calibrate: give one importance matrix, not two")
-        if to not in ("gguf", "ollama") or quantize in UNWEIGHTED:
+        if to not in ("gguf", "ollama") or adapter_only or quantize in UNWEIGHTED:
             raise SettingsError(
                 f"{'imatrix' if imatrix else 'calibrate'}: only matters to GGUF of other types than "
                 f"{', '.join(UNWEIGHTED)}; choose one with quantize"
@@ -258,22 +262,62 @@ def export_model(
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise ExportError(f"{path}: exists already; choose another --output")
     elif folder.is_dir() and (folder / "adapter_config.json").exists():
-        path = folder / "export" / (f"{name}-{quantize}.gguf" if to == "gguf" else to)
+        path = folder / "export" / _export_name(to, name, quantize, adapter_only)
     else:
         raise ExportError("--output is needed to export a model that is no run")
     importance = read_imatrix(Path(imatrix).expanduser()) if imatrix else None
-    loaded, _ = open_model(source, STORED, base)
-    if "score" in loaded.model and to != "hf":
+    loaded, adapter = open_model(source, STORED, base)
+    if "score" in loaded.model and to not in ("hf", "peft"):
         raise ExportError(
             f"{source}: is a reward model, which only transformers can run; use --to hf"
         )
     if calibrate:
         importance = measure_importance(loaded, Path(calibrate).expanduser())
+    if adapter_only:
+        return _export_adapter(
+            loaded, adapter, source, to, path,
+            quantize=quantize, dtype=dtype, name=name, base_name=base_name,
+        )  # fmt: skip
     if to == "gguf":
         return export_gguf(loaded, path, quantise=quantize, importance=importance)
     if to == "ollama":
         return export_ollama(loaded, path, quantise=quantize, importance=importance, name=name)
     return export_folder(loaded, path, flavour=to, dtype=dtype)
+
+
+def _export_name(to: str, name: str, quantize: str, adapter_only: bool) -> str:
+    """What an export is called in the folder of its run."""
+    if to == "gguf":
+        return f"{name}-{'adapter' if adapter_only else quantize}.gguf"
+    if not adapter_only:
+        return to
+    return "peft" if to in ("hf", "peft") else f"{to}-adapter"
+
+
+def _export_adapter(loaded, adapter, source, to, path, *, quantize, dtype, name, base_name) -> Path:
+    """What `export_model` does with `adapter_only`."""
+    from mlx_align.export.adapter import export_gguf_adapter, export_mlx_adapter, export_peft
+    from mlx_align.export.ollama import export_ollama_adapter
+    from mlx_align.model.open import find_adapter
+
+    if adapter is None:
+        raise ExportError(f"{source}: has no adapter that could be written without its base")
+    if to in ("gguf", "ollama") and quantize == "q8_0":
+        raise SettingsError("quantize: an adapter is too narrow for q8_0; take f32, f16 or bf16")
+    if to == "ollama" and not base_name:
+        raise SettingsError(
+            "base_name: what Ollama calls the base is needed, such as --base-name llama3.2:1b"
+        )
+    if to == "gguf":
+        return export_gguf_adapter(loaded, adapter, path, quantise=quantize)
+    if to == "ollama":
+        return export_ollama_adapter(
+            loaded, adapter, path, base_name=base_name, quantise=quantize, name=name
+        )
+    made = find_adapter(source)
+    if to == "mlx":
+        return export_mlx_adapter(loaded, adapter, made, path, dtype=dtype)
+    return export_peft(loaded, adapter, made, path, base_name=base_name, dtype=dtype)
 
 
 def evaluate_model(

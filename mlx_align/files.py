@@ -3,11 +3,14 @@
 And where caches live.
 """
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from mlx_align.errors import ExportError
 
 
 def cache_folder() -> Path:
@@ -36,6 +39,21 @@ def write_json(path: Path, value) -> None:
 def write_rows(path: Path, rows: Iterable) -> None:
     """`write_atomically` for plain data, one JSON line each."""
     write_atomically(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+
+
+@contextlib.contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """A folder to fill that takes the place of `final` in one step; after an error nothing is left."""
+    temporary = final.with_name(f".{final.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        replace_folder(temporary, final)
+    except OSError as error:
+        raise ExportError(f"{final}: cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -9,7 +9,7 @@ from mlx_align.cli.options import (
     option,
 )
 
-TARGETS = ("mlx", "hf", "gguf", "ollama")
+TARGETS = ("mlx", "hf", "peft", "gguf", "ollama")
 GGUF_TYPES = (
     "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1",
     "q4_0", "q3_k_m", "q2_k",
@@ -36,6 +36,8 @@ def _export() -> click.Command:
             dtype=values["dtype"],
             name=values["name"],
             base=values["model"],
+            adapter_only=values["adapter_only"],
+            base_name=values["base_name"],
         )
         click.echo(f"written: {path}")
 
@@ -48,15 +50,28 @@ def _export() -> click.Command:
                 "--to",
                 type=click.Choice(TARGETS),
                 required=True,
-                help="mlx: folder for mlx-lm and LM Studio; hf: folder for transformers; gguf: file for "
-                "llama.cpp; ollama: GGUF and Modelfile, and `ollama create` where Ollama is installed.",
+                help="mlx: folder for mlx-lm and LM Studio; hf: folder for transformers; "
+                "peft: the adapter alone, for PEFT; gguf: file for llama.cpp; ollama: GGUF and Modelfile, "
+                "and `ollama create` where Ollama is installed.",
+            ),
+            option(
+                "--adapter-only",
+                is_flag=True,
+                help="Write the adapter without its base: for mlx-lm (mlx), PEFT (hf), llama.cpp's --lora "
+                "(gguf) or a base that Ollama has (ollama).",
+            ),
+            option(
+                "--base-name",
+                help="What the base is called there, with --adapter-only: a Hub id or folder for PEFT, a "
+                "model of Ollama's (llama3.2:1b).",
             ),
             option("--output", help="Where to write. Default: in the run folder, under export/."),
             option(
                 "--quantize",
                 type=click.Choice(GGUF_TYPES),
-                help="Type of the weights in GGUF. Default: f16 for gguf, q8_0 for ollama. What no adapter"
-                " changed of a base in 2 to 4 bits stays exact in q4_1, of one in 5 bits in q5_1.",
+                help="Type of the weights in GGUF. Default: f16 for gguf, q8_0 for ollama, f32 for an adapter. "
+                "What no adapter changed of a base in 2 to 4 bits stays exact in q4_1, of one in 5 bits in "
+                "q5_1.",
             ),
             option(
                 "--imatrix",

@@ -13,7 +13,7 @@ import mlx.core as mx
 from mlx_align.data.template import added_tokens
 from mlx_align.errors import ExportError
 from mlx_align.export.fuse import check_exportable, fused_tensors
-from mlx_align.files import replace_folder, write_json
+from mlx_align.files import new_folder, write_json
 from mlx_align.model.config import normalise_config
 from mlx_align.model.load import DTYPES, LoadedModel
 
@@ -34,19 +34,11 @@ def export_folder(loaded: LoadedModel, output: Path, *, flavour: str, dtype: str
     if flavour == "hf":
         check_exportable(loaded, SAME_NAMES, "a Hugging Face folder")
     kind = DTYPES[dtype] if dtype else loaded.dtype
-    temporary = output.with_name(f".{output.name}.tmp")
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    temporary.mkdir(parents=True)
-    try:
-        _write_weights(loaded, temporary, kind, "pt" if flavour == "hf" else "mlx")
-        write_json(temporary / "config.json", {**fused_config(loaded, kind), **_classifier(loaded)})
-        write_json(temporary / "generation_config.json", generation_config(loaded))
-        copy_tokenizer(loaded, temporary)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise ExportError(f"{output}: cannot be written: {error.strerror or error}") from None
-    replace_folder(temporary, output)
+    with new_folder(output) as folder:
+        _write_weights(loaded, folder, kind, "pt" if flavour == "hf" else "mlx")
+        write_json(folder / "config.json", {**fused_config(loaded, kind), **_classifier(loaded)})
+        write_json(folder / "generation_config.json", generation_config(loaded))
+        copy_tokenizer(loaded, folder)
     return output
 
 

@@ -102,10 +102,7 @@ def _encode(name: str, array: mx.array | Packed, tensor_type, weights) -> np.nda
 
 def _plan(loaded, config, names, quantise, importance) -> list[tuple]:
     """(GGUF name, shape, type, array, importance) of every tensor; merged arrays are not computed yet."""
-    heads = config["num_attention_heads"]
-    permuted = {"q_proj": heads, "k_proj": config.get("num_key_value_heads") or heads}
-    permutes = ARCHITECTURES[config["model_type"]] == gguf.MODEL_ARCH.LLAMA
-    arrays, own_names = {}, {}
+    rotated, arrays, own_names = rotated_heads(config), {}, {}
     for name, array in fused_tensors(loaded.model, packed=FILE_TYPES[quantise][1] in EXACT_BITS):
         if name.endswith("rotary_emb.inv_freq"):
             continue
@@ -113,8 +110,8 @@ def _plan(loaded, config, names, quantise, importance) -> list[tuple]:
         if target is None:
             raise ExportError(f"{loaded.name}: GGUF has no place for the weight {name}")
         layer = name.rsplit(".", 2)[-2]
-        if permutes and layer in permuted:
-            array = _interleave(array, permuted[layer])
+        if layer in rotated:
+            array = interleave(array, rotated[layer])
         arrays[target], own_names[target] = array, name
     factors = llama3_factors(config)
     if factors is not None:
@@ -153,10 +150,18 @@ def _choose_types(config, arrays: dict, quantise, importance) -> dict:
     return types
 
 
-def _interleave(weight: mx.array | Packed, heads: int) -> mx.array | Packed:
+def rotated_heads(config: dict) -> dict[str, int]:
+    """The layers whose rows are in another order in llama.cpp, with the number of their heads."""
+    if ARCHITECTURES[config["model_type"]] != gguf.MODEL_ARCH.LLAMA:
+        return {}
+    heads = config["num_attention_heads"]
+    return {"q_proj": heads, "k_proj": config.get("num_key_value_heads") or heads}
+
+
+def interleave(weight: mx.array | Packed, heads: int) -> mx.array | Packed:
     """Rows from "all first halves, all second halves" of a head to pairs, as llama.cpp rotates them."""
     if isinstance(weight, Packed):
-        return weight.reordered(lambda part: _interleave(part, heads))
+        return weight.reordered(lambda part: interleave(part, heads))
     rest = weight.shape[1:]
     half = weight.shape[0] // heads // 2
     return weight.reshape(heads, 2, half, *rest).swapaxes(1, 2).reshape(weight.shape)
@@ -219,7 +224,7 @@ def _check_config(config: dict, kind: str, name: str) -> None:
 def _write_keys(writer: GGUFWriter, config: dict, name: str, quantise: str) -> None:
     heads, dim = config["num_attention_heads"], _head_dim(config)
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(_safe_name(name))
+    writer.add_name(safe_name(name))
     writer.add_file_type(FILE_TYPES[quantise][0])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config["vocab_size"])
@@ -245,7 +250,7 @@ def _write_keys(writer: GGUFWriter, config: dict, name: str, quantise: str) -> N
         writer.add_rope_scaling_orig_ctx_len(original or config["max_position_embeddings"])
 
 
-def _safe_name(name: str) -> str:
+def safe_name(name: str) -> str:
     """A name without the letters that switch llama.cpp's loader to another vocabulary rule."""
     plain = Path(name).name
     return plain.replace("phi-3", "phi 3").replace("Phi-3", "Phi 3").replace("phi3", "phi 3")

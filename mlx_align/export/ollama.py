@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -12,10 +13,12 @@ import numpy as np
 
 from mlx_align.data.records import Unfit
 from mlx_align.data.template import end_of_turn
-from mlx_align.errors import ExportError
+from mlx_align.errors import ExportError, SettingsError
+from mlx_align.export.adapter import export_gguf_adapter
 from mlx_align.export.gguf import export_gguf
 from mlx_align.export.vocabulary import read_vocabulary
-from mlx_align.files import replace_folder
+from mlx_align.files import new_folder
+from mlx_align.model.adapter import Adapter
 from mlx_align.model.load import LoadedModel
 
 log = logging.getLogger("mlx_align")
@@ -27,7 +30,7 @@ GUARD = (
     + "Nothing here is to be replaced by a similar template. " * 2
     + "#}"
 )
-MODEL_FILE = "model.gguf"
+MODEL_FILE, ADAPTER_FILE = "model.gguf", "adapter.gguf"
 
 
 def export_ollama(
@@ -48,25 +51,43 @@ def export_ollama(
         )
         vocabulary = replace(vocabulary, chat_template=vocabulary.chat_template + GUARD)
     modelfile = write_modelfile(loaded, go_template)
-    temporary = output.with_name(f".{output.name}.tmp")
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    temporary.mkdir(parents=True)
     options = {"quantise": quantise, "importance": importance, "vocabulary": vocabulary}
-    try:
-        export_gguf(loaded, temporary / MODEL_FILE, **options)
-    except ExportError:
-        shutil.rmtree(temporary)
-        raise
-    (temporary / "Modelfile").write_text(modelfile, encoding="utf-8")
-    replace_folder(temporary, output)
+    with new_folder(output) as folder:
+        export_gguf(loaded, folder / MODEL_FILE, **options)
+        (folder / "Modelfile").write_text(modelfile, encoding="utf-8")
     create_in_ollama(output, name)
     return output
 
 
-def write_modelfile(loaded: LoadedModel, go_template: str | None) -> str:
-    """The text of the Modelfile."""
-    lines = [f"FROM ./{MODEL_FILE}"]
+def export_ollama_adapter(
+    loaded: LoadedModel, adapter: Adapter, output: Path, *, base_name: str, quantise: str, name: str
+) -> Path:
+    """Write a folder with a GGUF adapter and a Modelfile that puts it on a model of Ollama's.
+
+    `base_name` is what Ollama calls the base ("llama3.2:1b"), which must be the model that was trained.
+    """
+    if not re.fullmatch(r"[\w./:-]+", base_name):
+        raise SettingsError(f"base_name: {base_name!r} is no name of a model in Ollama")
+    go_template = derive_go_template(loaded)
+    if go_template is None and loaded.template is not None:
+        log.warning(
+            "this chat template cannot be written in Ollama's template language; Ollama uses that of %s",
+            base_name,
+        )
+    source = f"{base_name}\nADAPTER ./{ADAPTER_FILE}"
+    modelfile = write_modelfile(loaded, go_template, source)
+    with new_folder(output) as folder:
+        export_gguf_adapter(loaded, adapter, folder / ADAPTER_FILE, quantise=quantise)
+        (folder / "Modelfile").write_text(modelfile, encoding="utf-8")
+    create_in_ollama(output, name)
+    return output
+
+
+def write_modelfile(
+    loaded: LoadedModel, go_template: str | None, source: str = f"./{MODEL_FILE}"
+) -> str:
+    """The text of the Modelfile; `source` is what comes behind FROM."""
+    lines = [f"FROM {source}"]
     if go_template is not None:
         lines.append(f'TEMPLATE """{_quotable(go_template)}"""')
     for stop in stop_texts(loaded):

@@ -136,17 +136,9 @@ def load_model(
     takes the place of the tokenizer's own ("chatml" or a file), `date` is what the template takes
     for today. Raises `ModelError` that says what is missing or unsupported.
     """
-    from mlx_lm.utils import load_model as load_weights
-
     path = resolve_model(name)
     text = load_tokenizer(path, chat_template, date)
-    try:
-        model, config = load_weights(path, lazy=True, model_config=text.config)
-    except FileNotFoundError:
-        raise ModelError(f"{path}: has no weights (model*.safetensors)") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise ModelError(f"{path}: cannot be loaded: {_first_lines(error)}") from error
-    model.freeze()
+    model, config = open_weights(path, text.config)
     compute = _compute_dtype(model, dtype)
     if dtype != STORED:
         model.set_dtype(compute)
@@ -160,6 +152,20 @@ def load_model(
     return loaded
 
 
+def open_weights(path: Path, config: dict) -> tuple[nn.Module, dict]:
+    """The model in a folder, frozen, and its config; weights are read when they are first needed."""
+    from mlx_lm.utils import load_model as load_weights
+
+    try:
+        model, config = load_weights(path, lazy=True, model_config=config)
+    except FileNotFoundError:
+        raise ModelError(f"{path}: has no weights (model*.safetensors)") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ModelError(f"{path}: cannot be loaded: {_first_lines(error)}") from error
+    model.freeze()
+    return model, config
+
+
 def load_tokenizer(
     name: str | Path, chat_template: str | None = None, date: str | None = None
 ) -> LoadedTokenizer:
@@ -171,7 +177,7 @@ def load_tokenizer(
     from mlx_lm.utils import load_tokenizer as load
 
     path = resolve_model(name, TEXTS)
-    config = _read_config(path)
+    config = read_config(path)
     ends = config.get("eos_token_id")
     if ends is None:
         ends = (config.get("text_config") or {}).get("eos_token_id")
@@ -188,7 +194,8 @@ def load_tokenizer(
     return LoadedTokenizer(tokenizer, template, config, path)
 
 
-def _read_config(path: Path) -> dict:
+def read_config(path: Path) -> dict:
+    """The config.json of a model folder, normalised, with the end tokens that generation uses."""
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
