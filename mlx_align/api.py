@@ -12,7 +12,7 @@ from mlx_align.demo import DEMO
 from mlx_align.errors import DataError, ExportError, ModelError, SettingsError
 from mlx_align.evaluate.compare import Answers, Comparison, Evaluation
 from mlx_align.evaluate.sweep import Sweep, run_sweep
-from mlx_align.files import write_json
+from mlx_align.files import check_free, write_json
 from mlx_align.kernels.doctor import Diagnosis, diagnose
 from mlx_align.losses import METHODS
 from mlx_align.rollout.iterate import Iteration
@@ -259,8 +259,7 @@ def export_model(
             )
     if output is not None:
         path = Path(output).expanduser()
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ExportError(f"{path}: exists already; choose another --output")
+        check_free(path)
     elif folder.is_dir() and (folder / "adapter_config.json").exists():
         path = folder / "export" / _export_name(to, name, quantize, adapter_only)
     else:

@@ -70,6 +70,12 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def check_free(path: Path) -> None:
+    """Raise `ExportError` where something stands that would be overwritten."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ExportError(f"{path}: exists already; choose another --output")
+
+
 def replace_folder(temporary: Path, final: Path) -> None:
     """Move a finished folder to its place; what stood there is removed first."""
     if final.exists():

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "mlx_align"
 # Left never imports right.
 ORDER = [
     "errors", "files", "settings", "demo", "data", "kernels", "model", "losses", "train", "rollout",
-    "evaluate", "export", "api", "cli",
+    "evaluate", "export", "importer", "api", "cli",
 ]  # fmt: skip
 
 
