@@ -230,6 +230,30 @@ def make_model(
     return folder
 
 
+def make_adapter(folder: Path, model: Path, *, reward: bool = False, **settings) -> Path:
+    """Write an adapter with random arrays on a model; `settings` are those of `AdapterSettings`."""
+    from mlx_align.model.adapter import AdapterSettings, wear_adapter
+    from mlx_align.model.heads import attach_reward_head
+    from mlx_align.model.load import load_model
+
+    loaded = load_model(str(model))
+    extra = {"model": str(model)}
+    if reward:
+        attach_reward_head(loaded.model, loaded.head)
+        extra |= {"head": "reward", "reward": {"mean": 0.0, "std": 1.0}}
+    made = AdapterSettings(**settings)
+    adapter = wear_adapter(loaded.model, made, seed=0)
+    keys = iter(mx.random.split(mx.random.key(1), 1000))
+
+    def nudge(x):
+        return x + 0.05 * mx.random.normal(x.shape, key=next(keys)).astype(x.dtype)
+
+    loaded.model.update(tree_map(nudge, adapter.parameters()))
+    folder.mkdir(parents=True)
+    adapter.save(folder, made, extra)
+    return folder
+
+
 def make_sentencepiece(folder: Path, model_file: Path, *, keep_model: bool) -> None:
     """Write a tokenizer.json like Llama 2's from a SentencePiece model: merges in order of scores."""
     import sentencepiece

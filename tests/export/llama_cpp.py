@@ -11,7 +11,7 @@ import pytest
 
 
 class Server:
-    def __init__(self, path):
+    def __init__(self, path, adapter=None):
         xllamacpp = pytest.importorskip(
             "xllamacpp", reason="GGUF files are run where xllamacpp is installed"
         )
@@ -24,6 +24,8 @@ class Server:
         # Full precision everywhere, so that differences are the file's.
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        if adapter is not None:
+            params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
         self._server = xllamacpp.Server(params)
 
     def post(self, path, body):
