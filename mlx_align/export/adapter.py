@@ -80,6 +80,10 @@ def export_peft(
         update = layers[EMBEDDING]
         weights |= {f"{HEAD}.lora_A.weight": update.lora_b, f"{HEAD}.lora_B.weight": update.lora_a}
         targets.append(HEAD)
+        log.warning(
+            "PEFT wears the update of an embedding that is the head too as it should, but merges it "
+            "twice; where the merged model is wanted, take --to hf"
+        )
     settings = settings_of_adapter(source)
     rank, alpha = settings["lora_rank"], settings["lora_scale"] * settings["lora_rank"]
     config = {

@@ -89,7 +89,9 @@ class Factors:
         """alpha / rank, or for rsLoRA alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732)."""
         alpha = next((a for p, a in self.alphas if p.fullmatch(name)), self.settings.lora_alpha)
         rank = self.rank(name)
-        return alpha / (math.sqrt(rank) if self.settings.use_rslora else rank)
+        scale = alpha / (math.sqrt(rank) if self.settings.use_rslora else rank)
+        # Without the rounding noise of an alpha that was made from a scale.
+        return float(f"{scale:.12g}")
 
 
 def is_peft_adapter(folder: Path) -> bool:
