@@ -224,5 +224,6 @@ def _hidden(contender, batch) -> mx.array:
 
 def _log_softmax(contender, states) -> mx.array:
     head = contender.loaded.head
-    z = states.astype(mx.float32) if head is None else head.logits(states)
+    with contender.worn():
+        z = states.astype(mx.float32) if head is None else head.logits(states)
     return z - mx.logsumexp(z, axis=-1, keepdims=True)

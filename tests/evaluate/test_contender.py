@@ -112,18 +112,24 @@ def test_divergence_is_that_of_the_full_distributions(contender, family, monkeyp
     assert divergence(after, after, examples) == pytest.approx([0.0] * 3, abs=1e-5)
 
 
-def test_the_base_is_the_adapter_taken_off(contender):
+@pytest.mark.parametrize("keys", [None, ("model.embed_tokens", "self_attn.q_proj")])
+def test_the_base_is_the_adapter_taken_off(contender, keys):
     loaded = contender().loaded
     plain = Contender("plain", loaded, prompt_encoder(loaded))
     examples = [plain.examples(TextRecord(text, "f:1"))[0] for text in TEXTS]
     expected = score(plain, examples)
-    adapter = wear_adapter(loaded.model, AdapterSettings(), seed=0)
+    adapter = wear_adapter(loaded.model, AdapterSettings(lora_keys=keys), seed=0)
     weights = {k: mx.random.normal(v.shape) * 0.2 for k, v in adapter.weights().items()}
     adapter.load(weights, "test")
     base = Contender("base", loaded, plain.encoder, adapter.off)
     assert np.array_equal(score(base, examples), expected)
     assert not np.allclose(score(plain, examples), expected, atol=0.01)
-    assert min(divergence(plain, base, examples)) > 0
+    for example, value in zip(examples, divergence(plain, base, examples), strict=True):
+        ids, positions = scored_positions(example)
+        p = reference_log_softmax(loaded, ids)[positions]
+        with adapter.off():
+            q = reference_log_softmax(loaded, ids)[positions]
+        assert value == pytest.approx((np.exp(p) * (p - q)).sum(), rel=1e-3)
     settings = SamplingSettings(max_tokens=6)
     texts = [[c.text for c in answer(c, TEXTS, settings)] for c in (base, plain)]
     assert texts[0] != texts[1]

@@ -110,13 +110,20 @@ def test_mlx_lm_reads_what_is_saved(model_folder, tmp_path, kind, family):
     assert np.allclose(other(TOKENS), loaded.model(TOKENS), atol=2e-5)
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_we_read_what_mlx_lm_saves(model_folder, tmp_path, kind):
+@pytest.mark.parametrize(
+    ("kind", "keys"),
+    [
+        ("lora", ["self_attn.v_proj"]),
+        ("dora", ["self_attn.v_proj"]),
+        ("lora", ["mlp.up_proj", "model.embed_tokens", "model.layers.0.self_attn.q_proj"]),
+    ],
+)
+def test_we_read_what_mlx_lm_saves(model_folder, tmp_path, kind, keys):
     from mlx_lm.tuner.utils import linear_to_lora_layers
     from mlx_lm.utils import load_model as load_plain
 
     other, _ = load_plain(model_folder())
-    lora = {"rank": 4, "scale": 5.0, "dropout": 0.0, "keys": ["self_attn.v_proj"]}
+    lora = {"rank": 4, "scale": 5.0, "dropout": 0.0, "keys": keys}
     linear_to_lora_layers(other, 1, lora, use_dora=kind == "dora")
     weights = {
         n: x

@@ -197,3 +197,44 @@ def test_an_unknown_head_uses_full_logits(loaded_model):
     loaded.head = None
     found, others = token_log_probs(loaded, pack(examples()))
     assert np.allclose(found, expected, atol=1e-5) and np.array_equal(hits, others)
+
+
+@pytest.mark.parametrize(
+    ("family", "key"),
+    [
+        ("llama-untied", "lm_head"),
+        ("qwen3", "model.embed_tokens"),
+        ("gemma2", "model.embed_tokens"),
+    ],
+)
+def test_an_adapted_head_gives_what_full_logits_give(loaded_model, family, key):
+    loaded = loaded_model(family)
+    batch = pack(examples())
+    base, _ = token_log_probs(loaded, batch)
+    settings = AdapterSettings(lora_keys=("self_attn.q_proj", key))
+    adapter = wear_adapter(loaded.model, settings, seed=1)
+    assert f"{key}.lora_a" in adapter.weights()
+    loaded.model.update(_nudged(adapter.parameters()))
+
+    def scores_and_gradients():
+        parameters = adapter.parameters()
+
+        def total(parameters):
+            loaded.model.update(parameters)
+            logp, _ = token_log_probs(loaded, batch, gradient=True)
+            return (logp * mx.array(batch.weight)).sum()
+
+        gradients = mx.grad(total)(parameters)
+        loaded.model.update(parameters)
+        return token_log_probs(loaded, batch)[0], dict(tree_flatten(gradients))
+
+    found, gradients = scores_and_gradients()
+    with adapter.off():
+        assert np.allclose(token_log_probs(loaded, batch)[0], base, atol=1e-6)
+    loaded.head = None
+    expected, others = scores_and_gradients()
+    assert np.allclose(found, expected, atol=1e-4)
+    assert np.abs(np.array(found - base))[batch.weight > 0].max() > 1e-3
+    for name, gradient in others.items():
+        assert np.allclose(gradients[name], gradient, atol=1e-3), name
+    assert np.abs(np.array(gradients[f"{key}.lora_a"])).max() > 0.1
