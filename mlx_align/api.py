@@ -12,7 +12,7 @@ from mlx_align.demo import DEMO
 from mlx_align.errors import DataError, ExportError, ModelError, SettingsError
 from mlx_align.evaluate.compare import Answers, Comparison, Evaluation
 from mlx_align.evaluate.sweep import Sweep, run_sweep
-from mlx_align.files import check_free, write_json
+from mlx_align.files import write_json
 from mlx_align.kernels.doctor import Diagnosis, diagnose
 from mlx_align.losses import METHODS
 from mlx_align.rollout.iterate import Iteration
@@ -243,6 +243,8 @@ def export_model(
     if to not in ("mlx", "hf", "peft", "gguf", "ollama"):
         raise SettingsError(f"to: {to!r} is not one of mlx, hf, peft, gguf, ollama")
     adapter_only = adapter_only or to == "peft"
+    if base_name and not adapter_only:
+        raise SettingsError("base_name: only an adapter has a base there; give adapter_only, too")
     folder = Path(source).expanduser()
     name = name or folder.resolve().name
     if quantize is None:
@@ -259,7 +261,8 @@ def export_model(
             )
     if output is not None:
         path = Path(output).expanduser()
-        check_free(path)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ExportError(f"{path}: exists already; choose another --output")
     elif folder.is_dir() and (folder / "adapter_config.json").exists():
         path = folder / "export" / _export_name(to, name, quantize, adapter_only)
     else:
@@ -301,12 +304,6 @@ def _export_adapter(loaded, adapter, source, to, path, *, quantize, dtype, name,
 
     if adapter is None:
         raise ExportError(f"{source}: has no adapter that could be written without its base")
-    if to in ("gguf", "ollama") and quantize == "q8_0":
-        raise SettingsError("quantize: an adapter is too narrow for q8_0; take f32, f16 or bf16")
-    if to == "ollama" and not base_name:
-        raise SettingsError(
-            "base_name: what Ollama calls the base is needed, such as --base-name llama3.2:1b"
-        )
     if to == "gguf":
         return export_gguf_adapter(loaded, adapter, path, quantise=quantize)
     if to == "ollama":

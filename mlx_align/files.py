@@ -56,6 +56,20 @@ def new_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def new_file(final: Path) -> Iterator[Path]:
+    """A file to write that takes the place of `final` in one step; after an error nothing is left."""
+    temporary = final.with_name(f".{final.name}.tmp")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        write_atomically(final, temporary)
+    except OSError as error:
+        raise ExportError(f"{final}: cannot be written: {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder durable, where the system can."""
     try:
@@ -68,12 +82,6 @@ def sync_folder(folder: Path) -> None:
         pass
     finally:
         os.close(handle)
-
-
-def check_free(path: Path) -> None:
-    """Raise `ExportError` where something stands that would be overwritten."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ExportError(f"{path}: exists already; choose another --output")
 
 
 def replace_folder(temporary: Path, final: Path) -> None:

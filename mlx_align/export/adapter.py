@@ -16,13 +16,13 @@ import numpy as np
 from gguf import GGUFWriter
 
 from mlx_align.demo import DEMO
-from mlx_align.errors import ExportError
+from mlx_align.errors import ExportError, SettingsError
 from mlx_align.export.folder import SAME_NAMES, copy_tokenizer
 from mlx_align.export.fuse import check_exportable
 from mlx_align.export.gguf import ARCHITECTURES, interleave, rotated_heads, safe_name
 from mlx_align.export.quants import quantise_tensor
 from mlx_align.export.recipe import FILE_TYPES
-from mlx_align.files import new_folder, write_atomically, write_json
+from mlx_align.files import new_file, new_folder, write_atomically, write_json
 from mlx_align.model.adapter import (
     CONFIG,
     WEIGHTS,
@@ -40,6 +40,7 @@ log = logging.getLogger("mlx_align")
 PEFT_WEIGHTS, PEFT_PREFIX = "adapter_model.safetensors", "base_model.model."
 LINEAR_PARTS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "m": "lora_magnitude_vector"}
 EMBEDDING_PARTS = {"lora_a": "lora_embedding_A", "lora_b": "lora_embedding_B"}
+GGUF_TYPES = ("f32", "f16", "bf16")
 # Embedding and head in the models of `SAME_NAMES`; a tied model has no head of its own.
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
@@ -55,9 +56,9 @@ def export_peft(
 ) -> Path:
     """Write the adapter of the folder `source` as one for PEFT.
 
-    `base_name` is the base in transformers' format, where that is
-    not the model that was trained; `dtype` the type of the arrays, by default the one they have. A
-    reward model is put on by `AutoModelForSequenceClassification` with `num_labels=1`.
+    `base_name` is the base in transformers' format, where that is not the model that was trained;
+    `dtype` is the type of the arrays, by default the one they have. The base of a reward model is
+    loaded by `AutoModelForSequenceClassification` with `num_labels=1` and a `pad_token_id`.
     """
     kind = check_exportable(loaded, SAME_NAMES, "a PEFT adapter")
     if kind != loaded.config["model_type"]:
@@ -69,29 +70,16 @@ def export_peft(
             loaded.name,
         )
     layers = _updates(loaded, adapter)
-    reward = "score" in loaded.model
-    weights = {"score.weight": loaded.model.score.weight} if reward else {}
-    for name, layer in layers.items():
-        parts = EMBEDDING_PARTS if "embedding" in layer else LINEAR_PARTS
-        weights |= {f"{name}.{parts[part]}": array.T for part, array in _arrays(layer)}
-    targets = list(layers)
-    if EMBEDDING in layers and not reward and HEAD not in loaded.model:
-        # One matrix in MLX: its update is PEFT's for both places where the matrix is used.
-        update = layers[EMBEDDING]
-        weights |= {f"{HEAD}.lora_A.weight": update.lora_b, f"{HEAD}.lora_B.weight": update.lora_a}
-        targets.append(HEAD)
-        log.warning(
-            "PEFT wears the update of an embedding that is the head too as it should, but merges it "
-            "twice; where the merged model is wanted, take --to hf"
-        )
-    settings = settings_of_adapter(source)
-    rank, alpha = settings["lora_rank"], settings["lora_scale"] * settings["lora_rank"]
+    weights = _peft_weights(loaded.model, layers)
+    targets = layers.keys() | {HEAD for name in weights if name.startswith(f"{HEAD}.")}
+    settings, reward = settings_of_adapter(source), "score" in loaded.model
+    alpha = settings["lora_scale"] * settings["lora_rank"]
     config = {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if reward else "CAUSAL_LM",
         "base_model_name_or_path": base_name or _base(loaded),
         "inference_mode": True,
-        "r": rank,
+        "r": settings["lora_rank"],
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": settings["lora_dropout"],
         "use_dora": adapter.kind == "dora",
@@ -127,10 +115,14 @@ def export_gguf_adapter(
 ) -> Path:
     """Write the adapter as a GGUF file for llama.cpp's --lora and Ollama's ADAPTER.
 
-    It goes on a GGUF of the same base, quantised or not. `quantise` is "f32", "f16" or "bf16". The
-    layout is that of llama.cpp's llama-adapter.cpp: A [r, in] and B [out, r], but [V, r] and [D, r] for
-    the embedding; the factor on an update is alpha / r.
+    It goes on a GGUF of the same base, quantised or not. `quantise` is one of `GGUF_TYPES`. The layout
+    is that of llama.cpp's llama-adapter.cpp: A [r, in] and B [out, r], but [V, r] and [D, r] for the
+    embedding; the factor on an update is alpha / r.
     """
+    if quantise not in GGUF_TYPES:
+        raise SettingsError(
+            f"quantize: an adapter can be written as {', '.join(GGUF_TYPES)}, not as {quantise}"
+        )
     kind = check_exportable(loaded, ARCHITECTURES, "a GGUF adapter")
     config = loaded.config.get("text_config") or loaded.config
     architecture, rotated = ARCHITECTURES[kind], rotated_heads(config)
@@ -150,27 +142,20 @@ def export_gguf_adapter(
         head = rotated.get(name.rsplit(".", 1)[-1])
         tensors[f"{target}.weight.lora_a"] = a if "embedding" in layer else a.T
         tensors[f"{target}.weight.lora_b"] = b if head is None else interleave(b, head)
-    scale, rank = next((layer.scale, layer.lora_b.shape[0]) for layer in layers.values())
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.tmp")
-    writer = GGUFWriter(str(temporary), gguf.MODEL_ARCH_NAMES[architecture])
-    writer.add_type(gguf.GGUFType.ADAPTER)
-    writer.add_name(safe_name(loaded.name))
-    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, scale * rank)
-    for name, array in tensors.items():
-        values = quantise_tensor(name, np.asarray(array.astype(mx.float32)), tensor_type)
-        writer.add_tensor(name, values, raw_dtype=tensor_type)
-    try:
+    layer = next(iter(layers.values()))
+    with new_file(output) as temporary:
+        writer = GGUFWriter(str(temporary), gguf.MODEL_ARCH_NAMES[architecture])
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_name(safe_name(loaded.name))
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, layer.scale * layer.lora_b.shape[0])
+        for name, array in tensors.items():
+            values = quantise_tensor(name, np.asarray(array.astype(mx.float32)), tensor_type)
+            writer.add_tensor(name, values, raw_dtype=tensor_type)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        write_atomically(output, temporary)
-    except OSError as error:
-        raise ExportError(f"{output}: cannot be written: {error.strerror or error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
     return output
 
 
@@ -192,8 +177,26 @@ def _refuse(loaded, why):
     )
 
 
-def _arrays(layer) -> list[tuple[str, mx.array]]:
-    return [(part, layer[part]) for part in LINEAR_PARTS if part in layer]
+def _peft_weights(model, layers) -> dict[str, mx.array]:
+    """The arrays by PEFT's names, without the prefix."""
+    weights = {}
+    for name, layer in layers.items():
+        parts = EMBEDDING_PARTS if "embedding" in layer else LINEAR_PARTS
+        for ours, theirs in parts.items():
+            if ours in layer:
+                weights[f"{name}.{theirs}"] = layer[ours].T
+    if "score" in model:
+        weights["score.weight"] = model.score.weight
+    elif EMBEDDING in layers and HEAD not in model:
+        # One matrix in MLX: its update is PEFT's for both places where the matrix is used.
+        update = layers[EMBEDDING]
+        weights[f"{HEAD}.lora_A.weight"] = update.lora_b
+        weights[f"{HEAD}.lora_B.weight"] = update.lora_a
+        log.warning(
+            "PEFT wears the update of an embedding that is the head too as it should, but merges it "
+            "twice; where the merged model is wanted, take --to hf"
+        )
+    return weights
 
 
 def _cast(array: mx.array, dtype: str | None) -> mx.array:
@@ -206,7 +209,7 @@ def _base(loaded) -> str:
     return str(loaded.path.resolve()) if local else loaded.name
 
 
-def _targets(model: nn.Module, names: list[str]) -> dict:
+def _targets(model: nn.Module, names: set[str]) -> dict:
     """The settings with which PEFT finds exactly the modules of these names.
 
     Last parts of names where that and the numbers of blocks suffice, as is usual; else whole names.
@@ -225,7 +228,7 @@ def _targets(model: nn.Module, names: list[str]) -> dict:
         return {"target_modules": sorted(names)}
     some = len(numbers) < len(model.layers)
     return {
-        "target_modules": parts + sorted(set(names) - caught),
+        "target_modules": parts + sorted(names - caught),
         "layers_to_transform": numbers if some and numbers else None,
         "layers_pattern": "layers" if some and numbers else None,
     }

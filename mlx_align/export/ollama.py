@@ -60,14 +60,23 @@ def export_ollama(
 
 
 def export_ollama_adapter(
-    loaded: LoadedModel, adapter: Adapter, output: Path, *, base_name: str, quantise: str, name: str
+    loaded: LoadedModel,
+    adapter: Adapter,
+    output: Path,
+    *,
+    base_name: str | None,
+    quantise: str,
+    name: str,
 ) -> Path:
     """Write a folder with a GGUF adapter and a Modelfile that puts it on a model of Ollama's.
 
     `base_name` is what Ollama calls the base ("llama3.2:1b"), which must be the model that was trained.
     """
-    if not re.fullmatch(r"[\w./:-]+", base_name):
-        raise SettingsError(f"base_name: {base_name!r} is no name of a model in Ollama")
+    if not re.fullmatch(r"[\w./:-]+", base_name or ""):
+        raise SettingsError(
+            f"base_name: {base_name!r} is no name of a model in Ollama; give that of the base, such as "
+            "llama3.2:1b"
+        )
     go_template = derive_go_template(loaded)
     if go_template is None and loaded.template is not None:
         log.warning(

@@ -29,7 +29,7 @@ from mlx_align.export.adapter import (
 )
 from mlx_align.export.folder import SAME_NAMES
 from mlx_align.export.fuse import fused_tensors
-from mlx_align.files import check_free, new_folder
+from mlx_align.files import new_folder
 from mlx_align.model.adapter import (
     CONFIG,
     Adapter,
@@ -40,7 +40,7 @@ from mlx_align.model.adapter import (
     wear_adapter,
 )
 from mlx_align.model.heads import RewardHead
-from mlx_align.model.load import open_weights, read_config, resolve_model
+from mlx_align.model.load import load_tokenizer, load_weights, resolve_model
 from mlx_align.model.open import TEMPLATE
 from mlx_align.settings import Settings, coerce, setting
 
@@ -107,7 +107,6 @@ def import_peft(folder: Path, output: Path, base: str | None = None) -> Path:
     `base` is the model it goes on, by default the one that the folder names; of its weights those are
     read that are needed. Raises `ModelError` that lists what does not fit.
     """
-    check_free(output)
     factors = _read_config(folder)
     settings = factors.settings
     updates, saved = _read_arrays(folder)
@@ -118,7 +117,7 @@ def import_peft(folder: Path, output: Path, base: str | None = None) -> Path:
             f"{folder}: its {CONFIG} does not name the base model; give it with --model"
         )
     path = resolve_model(base)
-    model, config = open_weights(path, read_config(path))
+    model, config = load_weights(path, load_tokenizer(path).config)
     _check_base(model, config, saved, folder)
     extra = {"model": str(path.resolve()) if Path(base).expanduser().exists() else base}
     if SCORE in saved:

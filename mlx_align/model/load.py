@@ -138,7 +138,8 @@ def load_model(
     """
     path = resolve_model(name)
     text = load_tokenizer(path, chat_template, date)
-    model, config = open_weights(path, text.config)
+    model, config = load_weights(path, text.config)
+    model.freeze()
     compute = _compute_dtype(model, dtype)
     if dtype != STORED:
         model.set_dtype(compute)
@@ -152,18 +153,16 @@ def load_model(
     return loaded
 
 
-def open_weights(path: Path, config: dict) -> tuple[nn.Module, dict]:
-    """The model in a folder, frozen, and its config; weights are read when they are first needed."""
-    from mlx_lm.utils import load_model as load_weights
+def load_weights(path: Path, config: dict) -> tuple[nn.Module, dict]:
+    """The model of a folder with weights that are read when they are used, and its full config."""
+    from mlx_lm.utils import load_model
 
     try:
-        model, config = load_weights(path, lazy=True, model_config=config)
+        return load_model(path, lazy=True, model_config=config)
     except FileNotFoundError:
         raise ModelError(f"{path}: has no weights (model*.safetensors)") from None
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ModelError(f"{path}: cannot be loaded: {_first_lines(error)}") from error
-    model.freeze()
-    return model, config
 
 
 def load_tokenizer(
@@ -177,7 +176,7 @@ def load_tokenizer(
     from mlx_lm.utils import load_tokenizer as load
 
     path = resolve_model(name, TEXTS)
-    config = read_config(path)
+    config = _read_config(path)
     ends = config.get("eos_token_id")
     if ends is None:
         ends = (config.get("text_config") or {}).get("eos_token_id")
@@ -194,8 +193,7 @@ def load_tokenizer(
     return LoadedTokenizer(tokenizer, template, config, path)
 
 
-def read_config(path: Path) -> dict:
-    """The config.json of a model folder, normalised, with the end tokens that generation uses."""
+def _read_config(path: Path) -> dict:
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

@@ -255,6 +255,10 @@ def test_export_says_where(demo_run, capsys):
     assert capsys.readouterr().out.strip() == f"written: {folder}/export/hf"
     assert run("export", folder, "--to", "gguf", "--quantize", "q8_0") == 0
     assert (folder / "export" / "run-q8_0.gguf").exists()
+    assert run("export", folder, "--to", "gguf", "--adapter-only") == 0
+    assert (folder / "export" / "run-adapter.gguf").exists()
+    assert run("export", folder, "--to", "peft", "--base-name", "owner/base") == 0
+    assert '"owner/base"' in (folder / "export" / "peft" / "adapter_config.json").read_text()
     assert run("export", "demo", "--to", "gguf") == 1
     assert "--output is needed" in capsys.readouterr().err
     assert run("export", folder, "--to", "mlx", "--output", folder) == 1

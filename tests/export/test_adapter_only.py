@@ -210,12 +210,14 @@ def test_what_cannot_be_written_is_refused(model_folder, tmp_path, to, family, s
 
 def test_options_that_make_no_sense(made, model_folder, tmp_path):
     _, adapter = made("llama")
-    with pytest.raises(SettingsError, match=r"--base-name llama3\.2:1b"):
+    with pytest.raises(SettingsError, match=r"such as llama3\.2:1b"):
         api.export_model(adapter, "ollama", adapter_only=True)
     with pytest.raises(SettingsError, match="no name of a model in Ollama"):
         api.export_model(adapter, "ollama", adapter_only=True, base_name="x\nADAPTER /etc/passwd")
-    with pytest.raises(SettingsError, match="too narrow for q8_0"):
+    with pytest.raises(SettingsError, match="as f32, f16, bf16, not as q8_0"):
         api.export_model(adapter, "gguf", adapter_only=True, quantize="q8_0")
+    with pytest.raises(SettingsError, match="only an adapter has a base there"):
+        api.export_model(adapter, "hf", base_name="llama3.2:1b")
     with pytest.raises(ExportError, match="has no adapter"):
         api.export_model(model_folder(), "peft", output=tmp_path / "out")
 

@@ -10,7 +10,7 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 from mlx_align import api
-from mlx_align.errors import ExportError, ModelError
+from mlx_align.errors import ModelError
 from mlx_align.importer.peft import import_peft, is_peft_adapter
 from mlx_align.model.adapter import settings_of_adapter
 from mlx_align.model.open import open_model
@@ -291,8 +291,3 @@ def test_files_that_are_not_read(adapter, tmp_path):
     (adapter / "adapter_config.json").write_text("[]")
     with pytest.raises(ModelError, match="peft_type is None"):
         import_peft(adapter, tmp_path / "out")
-
-
-def test_nothing_is_overwritten(adapter):
-    with pytest.raises(ExportError, match="exists already"):
-        import_peft(adapter, adapter)
