@@ -7,6 +7,7 @@ is to merge.
 
 import logging
 import re
+import shutil
 from pathlib import Path
 
 import gguf
@@ -22,7 +23,7 @@ from mlx_align.export.fuse import check_exportable
 from mlx_align.export.gguf import ARCHITECTURES, interleave, rotated_heads, safe_name
 from mlx_align.export.quants import quantise_tensor
 from mlx_align.export.recipe import FILE_TYPES
-from mlx_align.files import new_file, new_folder, write_atomically, write_json
+from mlx_align.files import new_file, new_folder, write_json
 from mlx_align.model.adapter import (
     CONFIG,
     WEIGHTS,
@@ -106,7 +107,7 @@ def export_mlx_adapter(
         save_weights(folder / WEIGHTS, weights)
         write_json(folder / CONFIG, read_adapter_config(source))
         if template is not None:
-            write_atomically(folder / TEMPLATE, template.read_text(encoding="utf-8"))
+            shutil.copyfile(template, folder / TEMPLATE)
     return output
 
 
@@ -139,9 +140,9 @@ def export_gguf_adapter(
         if "embedding" in layer and HEAD not in loaded.model:
             _refuse(loaded, "has an update of its embedding, which is its head too")
         a, b = layer.lora_a, layer.lora_b.T
-        head = rotated.get(name.rsplit(".", 1)[-1])
+        heads = rotated.get(name.rsplit(".", 1)[-1])
         tensors[f"{target}.weight.lora_a"] = a if "embedding" in layer else a.T
-        tensors[f"{target}.weight.lora_b"] = b if head is None else interleave(b, head)
+        tensors[f"{target}.weight.lora_b"] = b if heads is None else interleave(b, heads)
     layer = next(iter(layers.values()))
     with new_file(output) as temporary:
         writer = GGUFWriter(str(temporary), gguf.MODEL_ARCH_NAMES[architecture])

@@ -144,13 +144,13 @@ def import_peft(folder: Path, output: Path, base: str | None = None) -> Path:
 
 def _read_config(folder) -> Factors:
     config = read_adapter_config(folder)
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else None
+    kind = config.get("peft_type")
+    if kind != "LORA":
         raise ModelError(
             f"{folder / CONFIG}: peft_type is {kind!r}; only LORA can become an MLX adapter"
         )
     other = [name for name in OTHER_MEANINGS if config.get(name)]
-    if config.get("bias", "none") != "none":
+    if config.get("bias") not in (None, "none"):
         other.append("bias")
     if config.get("init_lora_weights") not in PLAIN_STARTS:
         other.append("init_lora_weights")
@@ -261,23 +261,17 @@ def _check_base(model, config, saved, folder) -> None:
 def _tie(model, weights, saved, folder) -> None:
     """Take the head's part out for a base whose head is its embedding, after checking that the two
     are changed alike."""
-    alike = True
-    if {f"{EMBEDDING}.weight", f"{HEAD}.weight"} & saved.keys():
-        base = dict(tree_flatten(model.parameters()))[f"{EMBEDDING}.weight"]
-        head = saved.pop(f"{HEAD}.weight", base)
-        alike = mx.array_equal(head, saved.get(f"{EMBEDDING}.weight", base))
+    base = dict(tree_flatten(model.parameters())).get(f"{EMBEDDING}.weight")
+    pairs = [(saved.get(f"{EMBEDDING}.weight", base), saved.pop(f"{HEAD}.weight", base))]
     for ours, theirs in (("lora_a", "lora_b"), ("lora_b", "lora_a")):
-        embedding = weights.get(f"{EMBEDDING}.{ours}")
         head = weights.pop(f"{HEAD}.{theirs}", None)
-        if embedding is None or head is None:
-            alike = alike and embedding is head
-        else:
-            alike = alike and mx.array_equal(embedding, head.T)
-    if not alike:
-        raise ModelError(
-            f"{folder}: changes the embedding and the head of its base in different ways, and they are "
-            "one matrix in that base"
-        )
+        pairs.append((weights.get(f"{EMBEDDING}.{ours}"), None if head is None else head.T))
+    for one, other in pairs:
+        if one is not other and (one is None or other is None or not mx.array_equal(one, other)):
+            raise ModelError(
+                f"{folder}: changes the embedding and the head of its base in different ways, and they "
+                "are one matrix in that base (with ensure_weight_tying PEFT changes both alike)"
+            )
 
 
 def _choose_layers(model, weights, folder) -> dict:
@@ -288,6 +282,7 @@ def _choose_layers(model, weights, folder) -> dict:
     known = {name for name, *_ in adaptable_layers(model)}
     names = {name.rpartition(".")[0] for name in weights} & known
     if not names:
+        # No adapter could be made to hold them against; this lists them all.
         check_fit({}, weights, str(folder))
     paths = {id(module): path for path, module in model.named_modules()}
     chosen, possible, whole = [], [], set(names)

@@ -310,11 +310,14 @@ def read_adapter_config(folder: Path) -> dict:
     """The adapter_config.json of an adapter folder."""
     path = folder / CONFIG
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{folder}: not an adapter (it has no {CONFIG})") from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{path}: not a JSON object")
+    return config
 
 
 def load_adapter(model: nn.Module, folder: Path) -> Adapter:
