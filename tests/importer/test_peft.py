@@ -104,10 +104,12 @@ def test_what_peft_made_computes_the_same(peft, model_folder, tmp_path, case):
     assert not is_peft_adapter(out)
     loaded, adapter = open_model(out)
     loaded.model.eval()
-    assert np.abs(np.array(loaded.model(mx.array(TOKENS))) - expected).max() < 1e-4
+    # A random update of the embedding makes logits of several hundred.
+    tolerance = 1e-4 * max(1, np.abs(expected).max() / 100)
+    assert np.abs(np.array(loaded.model(mx.array(TOKENS))) - expected).max() < tolerance
     assert adapter.kind == ("full" if "saved" in case else "dora" if "dora" in case else "lora")
     model, _ = mlx_lm.load(str(base), adapter_path=str(out))
-    assert np.abs(np.array(model(mx.array(TOKENS))) - expected).max() < 1e-4
+    assert np.abs(np.array(model(mx.array(TOKENS))) - expected).max() < tolerance
     plain = np.array(mlx_lm.load(str(base))[0](mx.array(TOKENS)))
     assert (np.abs(plain - expected).max() > 0.01) == (case != "no update")
 
