@@ -13,6 +13,8 @@ _PUBLIC = {
     "compare": "mlx_align.api",
     "compare_answers": "mlx_align.api",
     "export_model": "mlx_align.api",
+    "import_model": "mlx_align.api",
+    "convert_model": "mlx_align.api",
     "open_model": "mlx_align.model.open",
     "SamplingSettings": "mlx_align.rollout.sampler",
     "METHODS": "mlx_align.losses",

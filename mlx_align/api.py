@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -260,9 +261,7 @@ def export_model(
                 f"{', '.join(UNWEIGHTED)}; choose one with quantize"
             )
     if output is not None:
-        path = Path(output).expanduser()
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ExportError(f"{path}: exists already; choose another --output")
+        path = _new_path(output)
     elif folder.is_dir() and (folder / "adapter_config.json").exists():
         path = folder / "export" / _export_name(to, name, quantize, adapter_only)
     else:
@@ -314,6 +313,50 @@ def _export_adapter(loaded, adapter, source, to, path, *, quantize, dtype, name,
     if to == "mlx":
         return export_mlx_adapter(loaded, adapter, made, path, dtype=dtype)
     return export_peft(loaded, adapter, made, path, base_name=base_name, dtype=dtype)
+
+
+def import_model(
+    source: str | Path, *, output: str | Path | None = None, dtype: str | None = None
+) -> Path:
+    """Make a model folder for MLX of a model in another form; returns it.
+
+    `source` is a GGUF file, "ollama:llama3.2:1b" or "lmstudio:publisher/model" from the stores on this
+    machine, or a folder of safetensors; `output` is models/NAME by default. Quantised weights stay
+    quantised; with `dtype` ("float16", ...) all become floats of that type.
+
+    >>> train_model("dpo", model=import_model("Llama-3.2-1B-Instruct-Q4_K_M.gguf"), data="prefs.jsonl")
+    """
+    from mlx_align.importer.source import find_source
+
+    found = find_source(source)
+    return _import(found, _new_path(output or Path("models") / found.name), dtype)
+
+
+def _import(found, path: Path, dtype: str | None = None) -> Path:
+    from mlx_align.importer.folder import import_folder, import_gguf
+    from mlx_align.importer.source import FOLDER, GGUF
+
+    importers = {GGUF: import_gguf, FOLDER: import_folder}
+    if found.kind not in importers:
+        raise ModelError(f"{found.path}: adapters of PEFT cannot be imported yet")
+    return importers[found.kind](found, path, dtype)
+
+
+def convert_model(source: str | Path, to: str, *, output: str | Path, **options) -> Path:
+    """Write a model in any form that `import_model` takes for other programs; returns the path.
+
+    `to` and `options` are those of `export_model`.
+    """
+    from mlx_align.importer.source import FOLDER, find_source
+
+    found, path = find_source(source), _new_path(output)
+    options = {"name": found.name, **options}
+    if found.kind == FOLDER:
+        return export_model(found.path, to, output=path, **options)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".import-", dir=path.parent) as folder:
+        imported = _import(found, Path(folder) / found.name)
+        return export_model(imported, to, output=path, **options)
 
 
 def evaluate_model(
@@ -587,6 +630,14 @@ def _absolute(name: str) -> str:
     """A local path as an absolute one, so that the record of a run holds anywhere on this machine."""
     path = Path(name).expanduser()
     return str(path.resolve()) if path.exists() and name not in _KEYWORDS else name
+
+
+def _new_path(output: str | Path) -> Path:
+    """Where to write something that must not take the place of anything."""
+    path = Path(output).expanduser()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ExportError(f"{path}: exists already; choose another --output")
+    return path
 
 
 def _default_folder(method: str) -> Path:

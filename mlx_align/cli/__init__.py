@@ -18,9 +18,19 @@ def cli():
 
 
 def _register():
-    from mlx_align.cli import data, doctor, evaluate, export, iterate, sweep, train, use
+    from mlx_align.cli import (
+        data,
+        doctor,
+        evaluate,
+        export,
+        importer,
+        iterate,
+        sweep,
+        train,
+        use,
+    )
 
-    for room in (train, sweep, iterate, use, evaluate, export, data, doctor):
+    for room in (train, sweep, iterate, use, evaluate, export, importer, data, doctor):
         for command in room.commands():
             cli.add_command(command)
 

@@ -6,6 +6,7 @@ themselves. The tokenizer's files are copied as they are.
 
 import json
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import mlx.core as mx
@@ -35,15 +36,24 @@ def export_folder(loaded: LoadedModel, output: Path, *, flavour: str, dtype: str
         check_exportable(loaded, SAME_NAMES, "a Hugging Face folder")
     kind = DTYPES[dtype] if dtype else loaded.dtype
     with new_folder(output) as folder:
-        _write_weights(loaded, folder, kind, "pt" if flavour == "hf" else "mlx")
+        write_shards(folder, _tensors(loaded, kind), "pt" if flavour == "hf" else "mlx")
         write_json(folder / "config.json", {**fused_config(loaded, kind), **_classifier(loaded)})
         write_json(folder / "generation_config.json", generation_config(loaded))
         copy_tokenizer(loaded, folder)
     return output
 
 
-def _write_weights(loaded, folder, dtype, format_name):
-    """Shards of at most 5 GB, written as they fill; one file has no number in its name."""
+def _tensors(loaded, dtype) -> Iterator[tuple[str, mx.array]]:
+    for name, array in fused_tensors(loaded.model):
+        if "score" in loaded.model and name.startswith("lm_head."):
+            # A reward model has another head.
+            continue
+        floating = mx.issubdtype(array.dtype, mx.floating)
+        yield name, array.astype(dtype) if floating else array
+
+
+def write_shards(folder: Path, tensors: Iterable[tuple[str, mx.array]], format_name: str) -> None:
+    """Write safetensors of at most 5 GB as they fill; one file has no number in its name."""
     shards, shard, size = [], {}, 0
 
     def flush():
@@ -54,12 +64,7 @@ def _write_weights(loaded, folder, dtype, format_name):
             shards.append((name, list(shard), size))
             shard, size = {}, 0
 
-    for name, array in fused_tensors(loaded.model):
-        if "score" in loaded.model and name.startswith("lm_head."):
-            # A reward model has another head.
-            continue
-        if mx.issubdtype(array.dtype, mx.floating):
-            array = array.astype(dtype)
+    for name, array in tensors:
         mx.eval(array)
         if size + array.nbytes > SHARD_BYTES:
             flush()

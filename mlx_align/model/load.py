@@ -1,6 +1,5 @@
 """From a path or a Hub id to a model that is ready to score, train and generate."""
 
-import json
 import logging
 import re
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from mlx_align.data.template import ChatTemplate, end_of_turn, find_template
 from mlx_align.demo import DEMO
 from mlx_align.errors import ModelError
 from mlx_align.model.config import normalise_config
+from mlx_align.model.files import read_json, weight_files
 from mlx_align.model.heads import Head, find_head
 from mlx_align.settings import Settings, setting
 
@@ -157,10 +157,9 @@ def load_weights(path: Path, config: dict) -> tuple[nn.Module, dict]:
     """The model of a folder with weights that are read when they are used, and its full config."""
     from mlx_lm.utils import load_model
 
+    weight_files(path)
     try:
         return load_model(path, lazy=True, model_config=config)
-    except FileNotFoundError:
-        raise ModelError(f"{path}: has no weights (model*.safetensors)") from None
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ModelError(f"{path}: cannot be loaded: {_first_lines(error)}") from error
 
@@ -194,16 +193,13 @@ def load_tokenizer(
 
 
 def _read_config(path: Path) -> dict:
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ModelError(f"{path / 'config.json'}: not valid JSON: {error}") from None
+    config = read_json(path / "config.json")
     if "model_type" not in config:
         raise ModelError(f"{path / 'config.json'}: has no model_type")
     # Generation settings override the config's end tokens, as everywhere else.
     generation = path / "generation_config.json"
     if generation.is_file():
-        ends = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id")
+        ends = read_json(generation).get("eos_token_id")
         if ends:
             config["eos_token_id"] = ends
     return normalise_config(config)

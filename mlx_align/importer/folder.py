@@ -1,0 +1,242 @@
+"""Model folders for MLX, from a GGUF file or from a folder of Hugging Face's or MLX's.
+
+A folder gets its name only when it is complete and mlx-lm can load it.
+"""
+
+import contextlib
+import logging
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_align.errors import ModelError
+from mlx_align.export.folder import TOKENIZER_FILES, export_folder, write_shards
+from mlx_align.files import new_folder, write_json
+from mlx_align.importer.architecture import (
+    Place,
+    find_family,
+    place_tensors,
+    read_config,
+    shares_of_kinds,
+    split_halves,
+)
+from mlx_align.importer.blocks import GROUP, float_type, is_plain, to_floats, to_packed
+from mlx_align.importer.gguf_file import GGUFFile
+from mlx_align.importer.source import Source
+from mlx_align.importer.tokenizer import ImportedTokenizer, read_tokenizer
+from mlx_align.model.config import normalise_config
+from mlx_align.model.files import read_json, weight_files
+from mlx_align.model.load import DTYPES, STORED, load_model, load_tokenizer, load_weights
+
+log = logging.getLogger("mlx_align")
+
+INDEX = "model.safetensors.index.json"
+
+
+def import_gguf(source: Source, output: Path, dtype: str | None = None) -> Path:
+    """Write the model of a GGUF file as a folder; returns it.
+
+    Quantised matrices stay so, in MLX's packing; with `dtype` all weights become floats of that type.
+    Raises `ModelError` where the file is damaged or its model is not one that MLX computes alike.
+    """
+    file = GGUFFile(source.path)
+    family = find_family(file)
+    config = read_config(file, family)
+    tokenizer = read_tokenizer(file)
+    size = tokenizer.tokenizer.get_vocab_size()
+    if size != config["vocab_size"]:
+        raise ModelError(f"{file.path}: has {size} tokens and {config['vocab_size']} embeddings")
+    places = place_tensors(file, family, config)
+    kinds = shares_of_kinds(file)
+    conversion = Conversion(DTYPES[dtype] if dtype else None, float_type(max(kinds, key=kinds.get)))
+    with _writing(output) as folder:
+        try:
+            write_shards(folder, conversion.tensors(places), "mlx")
+        except ModelError as error:
+            raise ModelError(f"{file.path}: {error}") from None
+        name = str(conversion.floats).removeprefix("mlx.core.")
+        ids = {
+            f"{k}_token_id": v for k, v in tokenizer.special.items() if k in ("bos", "eos", "pad")
+        }
+        config = {**config, **ids, "torch_dtype": name, "dtype": name, **conversion.quantization()}
+        write_json(folder / "config.json", config)
+        _write_tokenizer(folder, tokenizer)
+        write_json(folder / "generation_config.json", _generation(source, tokenizer, ids))
+        _look_at_layers(source, tokenizer, folder)
+        _check(folder)
+    conversion.report()
+    return output
+
+
+class Conversion:
+    """Turns placed tensors into MLX's arrays, and keeps account of what became of them.
+
+    `floats` is the type of all that is not packed: `dtype`, or the one that suits the file's matrices.
+    Without `dtype` what that type cannot hold exactly stays float32.
+    """
+
+    def __init__(self, dtype: mx.Dtype | None, floats: mx.Dtype):
+        self._dtype = dtype
+        self.floats = dtype or floats
+        self._bits: dict[str, int] = {}
+        self._done: Counter = Counter()
+        self._rounding: dict[str, np.ndarray] = {}
+
+    def tensors(self, places: list[Place]) -> Iterator[tuple[str, mx.array]]:
+        """(parameter's path, array) of each place."""
+        for place in places:
+            kind = place.tensor.kind
+            if self._dtype is None and place.packable and not is_plain(kind):
+                packed = to_packed(place.tensor)
+                arrays = {f"{place.module}.{name}": a for name, a in packed.arrays.items()}
+                self._bits[place.module] = packed.bits
+                how = f"packed in {packed.bits} bits, exactly"
+                if packed.rounding is not None:
+                    how = f"rounded to {packed.bits} bits"
+                    self._rounding[kind.name] = self._rounding.get(kind.name, 0) + packed.rounding
+            else:
+                array, how = self._floats_of(place)
+                arrays = {place.path: array}
+            self._done[kind.name, how] += 1
+            for path, array in arrays.items():
+                yield path, split_halves(array, place.heads) if place.heads else array
+
+    def _floats_of(self, place: Place) -> tuple[mx.array, str]:
+        tensor, offset = place.tensor, 1.0 if place.shifted else 0.0
+        own = float_type(tensor.kind)
+        if not place.shifted and (self._dtype is not None or own == self.floats):
+            array = to_floats(tensor, self.floats)
+            exact = own == self.floats or self.floats == mx.float32
+        else:
+            stored = to_floats(tensor, mx.float32)
+            array = (stored - offset).astype(self.floats)
+            exact = (array.astype(mx.float32) + offset == stored).all().item()
+            if not exact and self._dtype is None:
+                array, exact = stored - offset, True
+        name = str(array.dtype).removeprefix("mlx.core.")
+        return array, f"{'stored as' if exact else 'rounded to'} {name}"
+
+    def quantization(self) -> dict:
+        """What the config says of the packed layers: the most common packing, and the others by layer."""
+        if not self._bits:
+            return {}
+        usual = Counter(self._bits.values()).most_common(1)[0][0]
+        others = {
+            path: {"group_size": GROUP, "bits": bits, "mode": "affine"}
+            for path, bits in self._bits.items()
+            if bits != usual
+        }
+        return {"quantization": {"group_size": GROUP, "bits": usual, "mode": "affine", **others}}
+
+    def report(self) -> None:
+        """Say what became of each type."""
+        for (kind, how), count in sorted(self._done.items()):
+            line = f"{kind}: {count} tensors {how}"
+            if how.endswith("bits") and kind in self._rounding:
+                changed, whole = self._rounding[kind]
+                line += f" (root mean square error {(changed / whole) ** 0.5:.2%} of the weights')"
+            log.info(line)
+
+
+def _write_tokenizer(folder: Path, tokenizer: ImportedTokenizer) -> None:
+    tokenizer.tokenizer.save(str(folder / "tokenizer.json"))
+    template = tokenizer.template
+    if template:
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    extra = {"chat_template": template} if template else {}
+    write_json(folder / "tokenizer_config.json", {**tokenizer.config, **extra})
+
+
+def _generation(source: Source, tokenizer: ImportedTokenizer, ids: dict) -> dict:
+    """The generation_config.json; Ollama's parameters among those that it knows."""
+    parameters = {}
+    for path in source.layers.get("params", []):
+        parameters |= read_json(path)
+    stops = parameters.get("stop") or []
+    stops = [tokenizer.tokenizer.token_to_id(s) for s in stops if isinstance(s, str)]
+    ends = list(dict.fromkeys([*tokenizer.ends, *(s for s in stops if s is not None)]))
+    kept = {k: parameters[k] for k in ("temperature", "top_p", "top_k") if k in parameters}
+    return {**ids, **kept, **({"eos_token_id": ends if len(ends) > 1 else ends[0]} if ends else {})}
+
+
+def _look_at_layers(source: Source, tokenizer: ImportedTokenizer, folder: Path) -> None:
+    """What a model says besides its weights and tokenizer, and what is to be done about it."""
+    if tokenizer.template is None:
+        own = source.layers.get("template")
+        log.warning(
+            "the file has no chat template in Jinja%s. Train with --chat-template chatml, or with a Jinja "
+            "file from the page of the original model on the Hub",
+            f"; Ollama's own, in another language, is {own[0]}" if own else "",
+        )
+    for path in source.layers.get("system", []):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        log.warning("Ollama gives this model a system prompt, which is yours to give now: %s", text)
+    licences = source.layers.get("license", [])
+    if licences:
+        texts = [path.read_text(encoding="utf-8", errors="replace") for path in licences]
+        (folder / "LICENSE").write_text("\n\n".join(texts), encoding="utf-8")
+    if "projector" in source.layers:
+        log.warning("its vision part is left out; the text model is imported")
+
+
+def import_folder(source: Source, output: Path, dtype: str | None = None) -> Path:
+    """Write a folder of safetensors as one whose config every reader understands; returns it.
+
+    The weights are linked where the disk allows it and copied elsewhere; with `dtype` they are written
+    anew as floats of that type. Raises `ModelError` where mlx-lm cannot load them.
+    """
+    files = weight_files(source.path)
+    _check_index(source.path, files)
+    if dtype is not None:
+        return export_folder(
+            load_model(str(source.path), STORED), output, flavour="mlx", dtype=dtype
+        )
+    with _writing(output) as folder:
+        for pattern in (*TOKENIZER_FILES, "generation_config.json", INDEX, "LICENSE*"):
+            for file in source.path.glob(pattern):
+                shutil.copyfile(file, folder / file.name)
+        write_json(folder / "config.json", normalise_config(read_json(source.path / "config.json")))
+        for file in files:
+            _link(file.resolve(), folder / file.name)
+        _check(folder)
+    return output
+
+
+def _check_index(folder: Path, files: list[Path]) -> None:
+    """Raise `ModelError` unless the index, where there is one, names files of the folder."""
+    if not (folder / INDEX).is_file():
+        return
+    named = read_json(folder / INDEX).get("weight_map")
+    shards = set(map(str, named.values())) if isinstance(named, dict) else {"nothing"}
+    strange = sorted(shards - {file.name for file in files})
+    if strange:
+        raise ModelError(
+            f"{folder / INDEX}: names {strange[0]!r}, which is no weight file beside it; was the model "
+            "fetched as a whole?"
+        )
+
+
+@contextlib.contextmanager
+def _writing(output: Path) -> Iterator[Path]:
+    try:
+        with new_folder(output) as folder:
+            yield folder
+    except OSError as error:
+        raise ModelError(f"{output}: cannot be written: {error.strerror or error}") from None
+
+
+def _check(folder: Path) -> None:
+    """Raise `ModelError` unless mlx-lm can load a folder; its weights are not read for that."""
+    load_weights(folder, load_tokenizer(folder).config)
+
+
+def _link(file: Path, target: Path) -> None:
+    try:
+        os.link(file, target)
+    except OSError:
+        shutil.copyfile(file, target)
