@@ -51,7 +51,7 @@ def float_type(kind: Kind) -> mx.Dtype:
 
 def to_floats(tensor: Tensor, dtype: mx.Dtype) -> mx.array:
     """The weights as floats of a type, dequantised in float32."""
-    if _PLAIN.get(tensor.kind) == dtype:
+    if tensor.kind in _PLAIN and _PLAIN[tensor.kind] == dtype:
         array = _plain(tensor).reshape(tensor.shape)
         if not mx.isfinite(array).all():
             raise _not_finite(tensor)

@@ -1,0 +1,86 @@
+"""Rebuilt tokenizers give llama.cpp's ids: its own golden ones, and those of awkward texts."""
+
+import random
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import pytest
+from make_gguf import write_gguf
+
+from mlx_align import api
+from mlx_align.export.vocabulary import read_vocabulary, write_vocabulary
+from mlx_align.importer.gguf_file import GGUFFile
+from mlx_align.importer.tokenizer import WAYS, read_tokenizer
+from mlx_align.model.load import STORED, load_model, load_tokenizer
+
+sys.path.append(str(Path(__file__).parents[1] / "export"))
+from llama_cpp import Server
+
+VOCABULARIES = ["gpt-2", "llama-bpe", "llama-spm", "phi-3", "qwen2"]
+TEXTS = [
+    "", " ", "\n", "Hello world", " leading and trailing ", "two  spaces   three\n\n\nlines\t\ttabs",
+    "I'm sorry, it's 12345.67!", "日本語のテキスト 中文 한국어", "🚀🦙 emoji 👨‍👩‍👧", "--- *** ___ ~~~ ```",
+    "<|im_start|>user\nHi<|im_end|>", "<|eot_id|><|begin_of_text|>x", "'ll 'VE don't", "１２３ ٤٥٦ ½",
+    "https://example.com/?q=1&r=2#x", "def f(x):\n\treturn x**2  # ok\n", "<s>[INST] hi [/INST]", "▁▁x",
+]  # fmt: skip
+SEPARATOR = "\n__ggml_vocab_test__\n"
+
+
+def fuzz(count, seed=0):
+    """Texts of pieces that tokenizers stumble over."""
+    pieces = [
+        *" \t\n\r.,!?'\"/\\_-~#@", "  ", "\n\n", "'s", "'LL", "don't", "é", "e\u0301", "ß", "Ä", "ñ",
+        "日本", "한국", "中文", "Привет", "العربية", "हिन्दी", "🚀", "👨‍👩‍👧", "\u200b", "\u00a0", "\ufeff", "½",
+        "٤", "１", "12", "345", "6789", "Hello", "wORLD", "camelCase", "https://", "foo_bar", "(x)", "{}",
+        "==", "▁", "<s>", "Ġ",
+    ]  # fmt: skip
+    rng = random.Random(seed)
+    return ["".join(rng.choices(pieces, k=rng.randint(1, 12))) for _ in range(count)]
+
+
+@pytest.mark.parametrize("name", VOCABULARIES)
+def test_golden_ids(shared, name):
+    file = shared(f"vocab/ggml-vocab-{name}.gguf")
+    tokenizer = read_tokenizer(GGUFFile(file)).tokenizer
+    texts = file.with_suffix(".gguf.inp").read_bytes().decode("utf-8").split(SEPARATOR)
+    lines = file.with_suffix(".gguf.out").read_text().split("\n")
+    assert len(texts) == len(lines) > 40
+    for text, line in zip(texts, lines, strict=True):
+        expected = [int(token) for token in line.split()]
+        assert tokenizer.encode(text, add_special_tokens=False).ids == expected, text
+
+
+@pytest.mark.parametrize("name", VOCABULARIES)
+def test_awkward_texts_and_special_tokens(shared, model_folder, tmp_path, name):
+    """A model around a vocabulary that stands alone in its file."""
+    fields = gguf.GGUFReader(shared(f"vocab/ggml-vocab-{name}.gguf")).fields
+
+    def copy_tokenizer(writer):
+        for key, field in fields.items():
+            if key.startswith("tokenizer.") or key == "general.name":
+                writer.add_key_value(key, field.contents(), *[*field.types, None][:2])
+
+    size = len(fields["tokenizer.ggml.tokens"].contents())
+    loaded = load_model(str(model_folder("llama", vocab_size=size)), STORED)
+    path = write_gguf(loaded, tmp_path / "m.gguf", tokenizer=copy_tokenizer)
+    tokenizer = load_tokenizer(api.import_model(path, output=tmp_path / "out")).tokenizer
+    server = Server(path)
+    special = [token.content for token in tokenizer.added_tokens_decoder.values()][:40]
+    for text in [*TEXTS, *fuzz(300), *(f"a{t} b {t}  c{t}\n{t}" for t in special)]:
+        assert server.tokenize(text) == list(tokenizer.encode(text, add_special_tokens=False)), text
+    assert server.tokenize("Hi", add_special=True) == list(tokenizer.encode("Hi"))
+
+
+@pytest.mark.parametrize("way", sorted(WAYS))
+def test_every_way_of_cutting_text_is_llama_cpps(model_folder, tmp_path, way):
+    loaded = load_model(str(model_folder("llama")), STORED)
+    vocabulary = replace(read_vocabulary(loaded), pre=way)
+    path = write_gguf(
+        loaded, tmp_path / "m.gguf", tokenizer=lambda w: write_vocabulary(w, vocabulary)
+    )
+    tokenizer, server = read_tokenizer(GGUFFile(path)).tokenizer, Server(path)
+    for text in [*TEXTS, *fuzz(200)]:
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        assert server.tokenize(text) == ids, text
