@@ -185,15 +185,20 @@ def read_config(file: GGUFFile, family: Family) -> dict:
         **family.constants,
     }
     for name, (key, default) in family.keys.items():
-        config[name] = size(key) if default is None else number(key, default)
+        if default is None:
+            config[name] = size(key)
+        elif isinstance(default, int):
+            config[name] = file.integer(f"{architecture}.{key}", default)
+        else:
+            config[name] = number(key, default)
     if family.shifted:
         whole = config["num_hidden_layers"] == _GEMMA_LAYERS[family.model_type]
         config["query_pre_attn_scalar"] = hidden // heads if whole else head_dim
     # Ollama's converter writes Gemma 3's frequencies under names of its own.
-    base = number("rope.global.freq_base", 10000.0)
-    config["rope_theta"] = float(number("rope.freq_base", base))
-    if number("rope.local.freq_base", 0):
-        config["rope_local_base_freq"] = number("rope.local.freq_base", 0)
+    config["rope_theta"] = number("rope.freq_base", number("rope.global.freq_base", 10000.0))
+    local = number("rope.local.freq_base", None)
+    if local is not None:
+        config["rope_local_base_freq"] = local
     _add_rope(config, file, architecture, family)
     if max(heads, config["num_key_value_heads"]) * head_dim > 3 * largest:
         raise ModelError(f"{file.path}: {heads} heads of {head_dim} do not fit its tensors")
@@ -227,7 +232,7 @@ def _add_rope(config, file, architecture, family) -> None:
             for length in ("short", "long")
         }
     elif kind != "none":
-        scaling = {"factor": float(file.number(key("scaling.factor")))}
+        scaling = {"factor": file.number(key("scaling.factor"))}
         if kind == "yarn":
             scaling["original_max_position_embeddings"] = original
             for beta in ("beta_fast", "beta_slow"):

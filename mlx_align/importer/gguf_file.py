@@ -88,36 +88,29 @@ class GGUFFile:
         return self._get(name, _REQUIRED, list, "a list of texts")
 
     def number(self, name: str, default=_REQUIRED) -> float:
-        """A key that holds a finite number."""
+        """A key that holds a number above zero."""
         value = self._get(name, default, int | float, "a number")
-        if value is not default and (isinstance(value, bool) or not np.isfinite(value)):
-            raise ModelError(f"{self.path}: {name} is {value}, not a finite number")
-        return value
+        if value is not default and (isinstance(value, bool) or not 0 < value < np.inf):
+            raise ModelError(f"{self.path}: {name} is {value}, not a number above zero")
+        return value if value is None else float(value)
 
     def integer(
         self, name: str, default=_REQUIRED, *, least: int = 0, most: int = 2**31 - 1
     ) -> int:
         """A key that holds an integer, or the same integer for every layer."""
-        value = self.keys.get(name)
+        value = self._get(name, default, object, "an integer")
         if isinstance(value, np.ndarray) and value.size and (value == value[0]).all():
             value = value[0].item()
-        elif isinstance(value, np.ndarray):
-            raise ModelError(
-                f"{self.path}: {name} differs between layers, which MLX's models do not"
-            )
-        if value is None:
-            value = self._get(name, default, int, "an integer")
-        if value is default:
-            return value
-        if type(value) is not int or not least <= value <= most:
-            raise ModelError(f"{self.path}: {name} is {value!r}, not an integer in {least}..{most}")
+        if value is not default and (type(value) is not int or not least <= value <= most):
+            shown = "a list" if isinstance(value, list | np.ndarray) else repr(value)
+            raise ModelError(f"{self.path}: {name} is {shown}, not an integer in {least}..{most}")
         return value
 
-    def numbers(self, name: str, size: int, default=_REQUIRED) -> np.ndarray:
-        """A key that holds `size` numbers."""
-        values = self._get(name, default, np.ndarray, "a list of numbers")
-        if values is not default and len(values) != size:
-            raise ModelError(f"{self.path}: {name} has {len(values)} entries instead of {size}")
+    def numbers(self, name: str, size: int, kinds: str = "iuf") -> np.ndarray:
+        """A key that holds `size` finite numbers of numpy's `kinds`."""
+        values = self._get(name, _REQUIRED, np.ndarray, "a list of numbers")
+        if len(values) != size or values.dtype.kind not in kinds or not np.isfinite(values).all():
+            raise ModelError(f"{self.path}: {name} is no list of {size} numbers, as it must be")
         return values
 
     def _get(self, name, default, kind, what):

@@ -21,7 +21,8 @@ from tokenizers import (
     processors,
 )
 
-from mlx_align.errors import ModelError
+from mlx_align.data.template import ChatTemplate
+from mlx_align.errors import DataError, ModelError
 from mlx_align.export.vocabulary import PRE_TOKENIZERS
 from mlx_align.importer.gguf_file import GGUFFile
 
@@ -96,8 +97,9 @@ def read_tokenizer(file: GGUFFile) -> ImportedTokenizer:
     ids = {token: i for i, token in enumerate(tokens)}
     if len(ids) < len(tokens) or not tokens or "" in ids:
         raise ModelError(f"{file.path}: its vocabulary has empty or repeated tokens")
-    types = file.numbers("tokenizer.ggml.token_type", len(tokens), [TokenType.NORMAL] * len(tokens))
-    types = [int(t) for t in types]
+    types = [int(TokenType.NORMAL)] * len(tokens)
+    if "tokenizer.ggml.token_type" in file.keys:
+        types = file.numbers("tokenizer.ggml.token_type", len(tokens), "iu").tolist()
     special = _special_ids(file, model, len(tokens))
     if model == "gpt2":
         tokenizer = _byte_level(file, ids)
@@ -112,13 +114,22 @@ def read_tokenizer(file: GGUFFile) -> ImportedTokenizer:
         raise ModelError(f"{file.path}: its tokens cannot all keep their ids")
     _add_ends(tokenizer, file, model, special, tokens)
     _check_texts(tokenizer, types)
-    template = file.text("tokenizer.chat_template", None)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{f"{k}_token": tokens[special[k]] for k in ("bos", "eos", "unk", "pad") if k in special},
         "clean_up_tokenization_spaces": False,
     }
-    return ImportedTokenizer(tokenizer, config, special, template or None)
+    return ImportedTokenizer(tokenizer, config, special, _template(file))
+
+
+def _template(file: GGUFFile) -> str | None:
+    source = file.text("tokenizer.chat_template", "")
+    try:
+        ChatTemplate(source)
+    except DataError as error:
+        log.warning("%s; it is left out", error)
+        return None
+    return source or None
 
 
 def _special_ids(file, model, size) -> dict[str, int]:
@@ -129,12 +140,13 @@ def _special_ids(file, model, size) -> dict[str, int]:
     found = {}
     for ours, theirs in names.items():
         key = f"tokenizer.ggml.{theirs}_token_id"
+        token = file.integer(key, assumed.get(ours), most=2**32 - 1)
         # Some converters write the largest number for none.
-        if file.keys.get(key) == 2**32 - 1:
+        if token is None or token == 2**32 - 1:
             continue
-        token = file.integer(key, assumed.get(ours), most=size - 1)
-        if token is not None:
-            found[ours] = token
+        if token >= size:
+            raise ModelError(f"{file.path}: {key} is {token}, but there are {size} tokens")
+        found[ours] = token
     return found
 
 

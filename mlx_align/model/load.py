@@ -172,6 +172,7 @@ def load_tokenizer(
     Generation ends at `tokenizer.eos_token_ids`, see `LoadedModel`; the arguments are those of
     `load_model`.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from mlx_lm.utils import load_tokenizer as load
 
     path = resolve_model(name, TEXTS)
@@ -179,9 +180,10 @@ def load_tokenizer(
     ends = config.get("eos_token_id")
     if ends is None:
         ends = (config.get("text_config") or {}).get("eos_token_id")
+    broken = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError)
     try:
         tokenizer = load(path, eos_token_ids=ends)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except (*broken, StrictDataclassError) as error:
         raise ModelError(
             f"{path}: its tokenizer cannot be loaded: {_first_lines(error)}"
         ) from error
