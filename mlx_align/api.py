@@ -327,12 +327,16 @@ def import_model(
     >>> train_model("dpo", model=import_model("Llama-3.2-1B-Instruct-Q4_K_M.gguf"), data="prefs.jsonl")
     """
     from mlx_align.importer.source import find_source
+    from mlx_align.model.load import DTYPES
 
+    if dtype not in (None, *DTYPES):
+        raise SettingsError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
     found = find_source(source)
     return _import(found, _new_path(output or Path("models") / found.name), dtype)
 
 
 def _import(found, path: Path, dtype: str | None = None) -> Path:
+    """Write what `find_source` found as a folder, by its kind."""
     from mlx_align.importer.folder import import_folder, import_gguf
     from mlx_align.importer.source import FOLDER, GGUF
 

@@ -188,7 +188,7 @@ def read_config(file: GGUFFile, family: Family) -> dict:
         if default is None:
             config[name] = size(key)
         elif isinstance(default, int):
-            config[name] = file.integer(f"{architecture}.{key}", default)
+            config[name] = file.integer(f"{architecture}.{key}", default) or None
         else:
             config[name] = number(key, default)
     if family.shifted:
@@ -273,7 +273,6 @@ def _llama3_scaling(config: dict, tensor: Tensor, file: GGUFFile) -> dict | None
     context = 8192
     if ramp.any() and factor > 1:
         share = (1 / divisors[ramp] - 1 / factor) / (1 - 1 / factor)
-        # The longest wavelength tells most: its share is least rounded against the context.
         context = round(float(np.median((share * (high - low) + low) * wavelengths[ramp])))
     scaling = {
         "rope_type": "llama3",

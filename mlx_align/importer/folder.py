@@ -59,7 +59,7 @@ def import_gguf(source: Source, output: Path, dtype: str | None = None) -> Path:
             write_shards(folder, conversion.tensors(places), "mlx")
         except ModelError as error:
             raise ModelError(f"{file.path}: {error}") from None
-        name = str(conversion.floats).removeprefix("mlx.core.")
+        name = _name(conversion.floats)
         ids = {
             f"{k}_token_id": v for k, v in tokenizer.special.items() if k in ("bos", "eos", "pad")
         }
@@ -108,18 +108,17 @@ class Conversion:
 
     def _floats_of(self, place: Place) -> tuple[mx.array, str]:
         tensor, offset = place.tensor, 1.0 if place.shifted else 0.0
-        own = float_type(tensor.kind)
-        if not place.shifted and (self._dtype is not None or own == self.floats):
+        as_stored = is_plain(tensor.kind) and float_type(tensor.kind) == self.floats
+        if not place.shifted and (as_stored or self._dtype is not None):
             array = to_floats(tensor, self.floats)
-            exact = own == self.floats or self.floats == mx.float32
         else:
             stored = to_floats(tensor, mx.float32)
             array = (stored - offset).astype(self.floats)
-            exact = (array.astype(mx.float32) + offset == stored).all().item()
-            if not exact and self._dtype is None:
-                array, exact = stored - offset, True
-        name = str(array.dtype).removeprefix("mlx.core.")
-        return array, f"{'stored as' if exact else 'rounded to'} {name}"
+            exact = (array.astype(mx.float32) + offset == stored).all()
+            if self._dtype is None and not exact:
+                array = stored - offset
+        verb = "stored as" if as_stored or self._dtype is None else "converted to"
+        return array, f"{verb} {_name(array.dtype)}"
 
     def quantization(self) -> dict:
         """What the config says of the packed layers: the most common packing, and the others by layer."""
@@ -143,6 +142,10 @@ class Conversion:
             log.info(line)
 
 
+def _name(dtype: mx.Dtype) -> str:
+    return str(dtype).removeprefix("mlx.core.")
+
+
 def _write_tokenizer(folder: Path, tokenizer: ImportedTokenizer) -> None:
     tokenizer.tokenizer.save(str(folder / "tokenizer.json"))
     template = tokenizer.template
@@ -157,10 +160,15 @@ def _generation(source: Source, tokenizer: ImportedTokenizer, ids: dict) -> dict
     parameters = {}
     for path in source.layers.get("params", []):
         parameters |= read_json(path)
-    stops = parameters.get("stop") or []
-    stops = [tokenizer.tokenizer.token_to_id(s) for s in stops if isinstance(s, str)]
-    ends = list(dict.fromkeys([*tokenizer.ends, *(s for s in stops if s is not None)]))
-    kept = {k: parameters[k] for k in ("temperature", "top_p", "top_k") if k in parameters}
+    stops = parameters.get("stop")
+    added = {t.content: i for i, t in tokenizer.tokenizer.get_added_tokens_decoder().items()}
+    stops = [added[s] for s in added if isinstance(stops, list) and s in stops]
+    ends = list(dict.fromkeys([*tokenizer.ends, *stops]))
+    kept = {
+        name: parameters[name]
+        for name in ("temperature", "top_p", "top_k")
+        if isinstance(parameters.get(name), int | float)
+    }
     return {**ids, **kept, **({"eos_token_id": ends if len(ends) > 1 else ends[0]} if ends else {})}
 
 

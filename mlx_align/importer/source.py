@@ -50,7 +50,7 @@ def _find_at(path: Path) -> Source:
     if (path / "adapter_config.json").is_file():
         if "peft_type" in read_json(path / "adapter_config.json"):
             return Source(PEFT, path, name)
-        raise ModelError(f"{path}: is a run or an adapter of MLX, which needs no import")
+        raise ModelError(f"{path}: is a run or an adapter of MLX; mlx-align export takes it")
     # The vision part of a model lies in a file of its own.
     files = [f for f in sorted(path.glob("*.gguf")) if not f.name.startswith("mmproj")]
     if not files:

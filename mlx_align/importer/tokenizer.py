@@ -42,7 +42,8 @@ _DEEPSEEK3 = (
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # llama.cpp's names for ways of cutting text, in the words of `PRE_TOKENIZERS`: the steps, and whether
-# merges are skipped for whole words.
+# merges are skipped for whole words. For tekken and gpt-4o these are the models' own expressions;
+# llama.cpp's cut some letters with marks otherwise.
 WAYS = {
     **{name: way for way, name in PRE_TOKENIZERS.items()},
     "tekken": ((f"split {_TEKKEN}", "bytes"), True),

@@ -13,7 +13,7 @@ from make_gguf import random_model, write_gguf
 from mlx.utils import tree_flatten
 
 from mlx_align import api
-from mlx_align.errors import ModelError
+from mlx_align.errors import ModelError, SettingsError
 from mlx_align.export.gguf import export_gguf
 from mlx_align.importer.blocks import to_floats, to_packed
 from mlx_align.importer.gguf_file import GGUFFile
@@ -266,6 +266,14 @@ def test_transformers_computes_the_same(model_folder, tmp_path, family, changes)
     assert np.abs(logits - log_probs(loaded)).max() < 1e-3
     text = "Hello, I'm 12345 日本語 <|eot_id|><|im_end|> x"
     assert AutoTokenizer.from_pretrained(out).encode(text) == loaded.tokenizer.encode(text)
+
+
+def test_a_file_where_a_model_is_wanted_shows_the_way(model_folder, tmp_path):
+    path = write_gguf(load_model(str(model_folder()), STORED), tmp_path / "m.gguf")
+    with pytest.raises(ModelError, match="mlx-align import"):
+        load_model(str(path))
+    with pytest.raises(SettingsError, match="not one of float32, float16, bfloat16"):
+        api.import_model(path, output=tmp_path / "out", dtype="half")
 
 
 @pytest.mark.parametrize(

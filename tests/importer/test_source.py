@@ -197,7 +197,7 @@ def test_kinds_of_folders(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     assert find_source(tmp_path).kind == "peft"
     (tmp_path / "adapter_config.json").write_text('{"fine_tune_type": "lora"}')
-    with pytest.raises(ModelError, match="needs no import"):
+    with pytest.raises(ModelError, match="mlx-align export takes it"):
         find_source(tmp_path)
 
 
