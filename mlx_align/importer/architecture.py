@@ -200,8 +200,12 @@ def read_config(file: GGUFFile, family: Family) -> dict:
     if local is not None:
         config["rope_local_base_freq"] = local
     _add_rope(config, file, architecture, family)
-    if max(heads, config["num_key_value_heads"]) * head_dim > 3 * largest:
-        raise ModelError(f"{file.path}: {heads} heads of {head_dim} do not fit its tensors")
+    shared = config["num_key_value_heads"]
+    if heads % shared or head_dim % 2 or max(heads, shared) * head_dim > largest:
+        raise ModelError(
+            f"{file.path}: {heads} heads and {shared} of keys and values, of {head_dim} dimensions, "
+            "do not make a model"
+        )
     return normalise_config(config)
 
 
@@ -301,7 +305,7 @@ def place_tensors(file: GGUFFile, family: Family, config: dict) -> list[Place]:
     for path, parameter in tree_flatten(model.parameters()):
         if path == "lm_head.weight" and config["tie_word_embeddings"]:
             continue
-        *_, layer, _kind = path.split(".")
+        layer = path.split(".")[-2]
         for own_path, name in _in_all_layers(path, _gguf_name(names, path), config):
             tensor = file.tensors.get(name)
             left.discard(name)

@@ -84,11 +84,11 @@ def _lm_studio_path(name: str) -> Path:
 
 def _find_in_ollama(name: str) -> Source:
     """A model of the local store, from [host/][namespace/]model[:tag]."""
-    root = Path(os.environ.get("OLLAMA_MODELS") or Path.home() / ".ollama" / "models")
+    root = Path(os.environ.get("OLLAMA_MODELS") or "~/.ollama/models").expanduser()
     path, _, tag = name.partition(":")
     *parts, tag = _parts(f"{path}/{tag or 'latest'}", f"{OLLAMA}llama3.2:1b")
     parts = ["registry.ollama.ai", "library"][: max(0, 3 - len(parts))] + parts
-    manifest = root.expanduser() / "manifests" / Path(*parts, tag)
+    manifest = root / "manifests" / Path(*parts, tag)
     if not manifest.is_file():
         raise ModelError(
             f"{OLLAMA}{name}: not in Ollama's store {root}; fetch it with: ollama pull {name}"
@@ -100,7 +100,7 @@ def _find_in_ollama(name: str) -> Source:
         digest = re.fullmatch(r"sha256:([0-9a-f]{64})", str(layer.get("digest")))
         if digest is None:
             raise ModelError(f"{manifest}: names a layer without a digest")
-        blob = root.expanduser() / "blobs" / f"sha256-{digest[1]}"
+        blob = root / "blobs" / f"sha256-{digest[1]}"
         if not blob.is_file() or blob.stat().st_size != layer.get("size"):
             raise ModelError(f"{blob}: is not there as a whole; fetch it with: ollama pull {name}")
         layers.setdefault(str(layer.get("mediaType")).removeprefix(_LAYER), []).append(blob)

@@ -105,7 +105,8 @@ def read_tokenizer(file: GGUFFile) -> ImportedTokenizer:
     if model == "gpt2":
         tokenizer = _byte_level(file, ids)
     elif model == "llama":
-        tokenizer = _sentencepiece(file, ids, types, tokens[special["unk"]])
+        unknown = tokens[special["unk"]] if "unk" in special else None
+        tokenizer = _sentencepiece(file, ids, types, unknown)
     else:
         raise ModelError(
             f"{file.path}: its tokenizer is of kind {model!r}; those of kind gpt2 and llama can be rebuilt"
@@ -190,7 +191,7 @@ def _step(step: str) -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=rest == "regex")
 
 
-def _sentencepiece(file: GGUFFile, ids: dict[str, int], types, unknown: str) -> Tokenizer:
+def _sentencepiece(file: GGUFFile, ids: dict[str, int], types, unknown: str | None) -> Tokenizer:
     scores = file.numbers("tokenizer.ggml.scores", len(ids)).tolist()
     merges = []
     for piece, i in ids.items():

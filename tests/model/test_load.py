@@ -81,7 +81,7 @@ def test_models_of_transformers_5_compute_with_their_own_frequencies(
         (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
         (lambda f: (f / "config.json").write_text("{}"), "has no model_type"),
         (lambda f: (f / "model.safetensors").unlink(), "has no weights"),
-        (lambda f: (f / "model.safetensors").write_bytes(b"x" * 99), "cannot be loaded"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"x" * 99), "damaged safetensors"),
         (lambda f: (f / "tokenizer.json").unlink(), "tokenizer cannot be loaded"),
         (
             lambda f: (f / "config.json").write_text('{"model_type": "unheard_of"}'),
