@@ -18,9 +18,14 @@ from gguf import GGUFWriter
 
 from mlx_align.demo import DEMO
 from mlx_align.errors import ExportError, SettingsError
-from mlx_align.export.folder import SAME_NAMES, copy_tokenizer
-from mlx_align.export.fuse import check_exportable
-from mlx_align.export.gguf import ARCHITECTURES, interleave, rotated_heads, safe_name
+from mlx_align.export.architectures import (
+    find_family,
+    gguf_name,
+    interleave,
+    language_config,
+    rotated_heads,
+)
+from mlx_align.export.folder import copy_tokenizer
 from mlx_align.export.quants import quantise_tensor
 from mlx_align.export.recipe import FILE_TYPES
 from mlx_align.files import new_file, new_folder, write_json
@@ -42,7 +47,7 @@ PEFT_WEIGHTS, PEFT_PREFIX = "adapter_model.safetensors", "base_model.model."
 LINEAR_PARTS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "m": "lora_magnitude_vector"}
 EMBEDDING_PARTS = {"lora_a": "lora_embedding_A", "lora_b": "lora_embedding_B"}
 GGUF_TYPES = ("f32", "f16", "bf16")
-# Embedding and head in the models of `SAME_NAMES`; a tied model has no head of its own.
+# Embedding and head in the models of `FAMILIES`; a tied model has no head of its own.
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
 
@@ -61,8 +66,8 @@ def export_peft(
     `dtype` is the type of the arrays, by default the one they have. The base of a reward model is
     loaded by `AutoModelForSequenceClassification` with `num_labels=1` and a `pad_token_id`.
     """
-    kind = check_exportable(loaded, SAME_NAMES, "a PEFT adapter")
-    if kind != loaded.config["model_type"]:
+    find_family(loaded, "a PEFT adapter")
+    if "text_config" in loaded.config:
         _refuse(loaded, "is on a part of a multimodal model, which has other names in transformers")
     if base_name is None and loaded.quantised:
         log.warning(
@@ -124,15 +129,13 @@ def export_gguf_adapter(
         raise SettingsError(
             f"quantize: an adapter can be written as {', '.join(GGUF_TYPES)}, not as {quantise}"
         )
-    kind = check_exportable(loaded, ARCHITECTURES, "a GGUF adapter")
-    config = loaded.config.get("text_config") or loaded.config
-    architecture, rotated = ARCHITECTURES[kind], rotated_heads(config)
-    tensor_type = FILE_TYPES[quantise][1]
-    names = gguf.get_tensor_name_map(architecture, config["num_hidden_layers"])
+    family, config = find_family(loaded, "a GGUF adapter"), language_config(loaded)
+    names = gguf.get_tensor_name_map(family.architecture, config["num_hidden_layers"])
+    rotated, tensor_type = rotated_heads(family, config), FILE_TYPES[quantise][1]
     layers = _updates(loaded, adapter)
     tensors = {}
     for name, layer in layers.items():
-        target = names.get_name(name)
+        target = gguf_name(names, name)
         if target is None:
             _refuse(loaded, f"has an update of {name}, for which GGUF has no place")
         if "m" in layer:
@@ -145,9 +148,9 @@ def export_gguf_adapter(
         tensors[f"{target}.weight.lora_b"] = b if heads is None else interleave(b, heads)
     layer = next(iter(layers.values()))
     with new_file(output) as temporary:
-        writer = GGUFWriter(str(temporary), gguf.MODEL_ARCH_NAMES[architecture])
+        writer = GGUFWriter(str(temporary), gguf.MODEL_ARCH_NAMES[family.architecture])
         writer.add_type(gguf.GGUFType.ADAPTER)
-        writer.add_name(safe_name(loaded.name))
+        writer.add_name(Path(loaded.name).name)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, layer.scale * layer.lora_b.shape[0])
         for name, array in tensors.items():

@@ -1,7 +1,7 @@
 """Fused model folders, for mlx-lm and for Hugging Face transformers.
 
-For the supported types both name weights alike, so the two differ only in what the files say of
-themselves. The tokenizer's files are copied as they are.
+They differ in the names of experts, and in that transformers gets the language model of a multimodal
+one by itself. The tokenizer's files are copied as they are.
 """
 
 import json
@@ -13,18 +13,19 @@ import mlx.core as mx
 
 from mlx_align.data.template import added_tokens
 from mlx_align.errors import ExportError
-from mlx_align.export.fuse import check_exportable, fused_tensors
+from mlx_align.export.architectures import Family, find_family, hugging_face_tensors
+from mlx_align.export.fuse import fused_tensors
 from mlx_align.files import new_folder, write_json
 from mlx_align.model.config import normalise_config
 from mlx_align.model.load import DTYPES, LoadedModel
 
-# Types whose weights have the same names and values in MLX and in transformers.
-SAME_NAMES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model",
     "added_tokens.json", "vocab.json", "merges.txt", "*.tiktoken", "chat_template.jinja",
 )  # fmt: skip
 SHARD_BYTES = 5 * 2**30
+# What the config of a multimodal model says for its language model too.
+_SHARED = ("torch_dtype", "dtype", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def export_folder(loaded: LoadedModel, output: Path, *, flavour: str, dtype: str | None) -> Path:
@@ -32,22 +33,22 @@ def export_folder(loaded: LoadedModel, output: Path, *, flavour: str, dtype: str
 
     `dtype` names the type of the weights; by default the one they are stored in.
     """
-    if flavour == "hf":
-        check_exportable(loaded, SAME_NAMES, "a Hugging Face folder")
     kind = DTYPES[dtype] if dtype else loaded.dtype
+    tensors, config = fused_tensors(loaded.model), fused_config(loaded, kind)
+    if flavour == "hf":
+        family = find_family(loaded, "a Hugging Face folder")
+        tensors = hugging_face_tensors(loaded, family)
+        config = _transformers_config(loaded, family, config)
     with new_folder(output) as folder:
-        write_shards(folder, _tensors(loaded, kind), "pt" if flavour == "hf" else "mlx")
-        write_json(folder / "config.json", {**fused_config(loaded, kind), **_classifier(loaded)})
+        write_shards(folder, _cast(tensors, kind), "pt" if flavour == "hf" else "mlx")
+        write_json(folder / "config.json", config)
         write_json(folder / "generation_config.json", generation_config(loaded))
         copy_tokenizer(loaded, folder)
     return output
 
 
-def _tensors(loaded, dtype) -> Iterator[tuple[str, mx.array]]:
-    for name, array in fused_tensors(loaded.model):
-        if "score" in loaded.model and name.startswith("lm_head."):
-            # A reward model has another head.
-            continue
+def _cast(tensors, dtype) -> Iterator[tuple[str, mx.array]]:
+    for name, array in tensors:
         floating = mx.issubdtype(array.dtype, mx.floating)
         yield name, array.astype(dtype) if floating else array
 
@@ -90,16 +91,23 @@ def fused_config(loaded: LoadedModel, dtype: mx.Dtype) -> dict:
     for key in ("quantization", "quantization_config", "_name_or_path"):
         config.pop(key, None)
     name = str(dtype).removeprefix("mlx.core.")
-    kind = config["model_type"]
-    if kind in SAME_NAMES:
-        config.setdefault("architectures", [f"{SAME_NAMES[kind]}ForCausalLM"])
     return {**config, "torch_dtype": name, "dtype": name}
 
 
-def _classifier(loaded: LoadedModel) -> dict:
+def _transformers_config(loaded: LoadedModel, family: Family, config: dict) -> dict:
+    """What transformers reads: a language model by itself, of a class that it has."""
+    if "text_config" in config:
+        shared = {key: config[key] for key in _SHARED if key in config}
+        config = {**config["text_config"], **shared}
+    model = loaded.model.get("language_model", loaded.model)
+    # Where these are not said, each class of transformers has its own idea of them.
+    config |= {"vocab_size": loaded.vocabulary, "tie_word_embeddings": "lm_head" not in model}
+    config["architectures"] = [f"{family.stem}ForCausalLM"]
+    return {**config, **(_classifier(loaded, family) if "score" in loaded.model else {})}
+
+
+def _classifier(loaded: LoadedModel, family: Family) -> dict:
     """What the config of a reward model says besides: transformers' sequence classification."""
-    if "score" not in loaded.model:
-        return {}
     # transformers reads the score off the last token that is not padding, so padding must not be
     # what a completion ends with.
     ends, tokenizer = loaded.tokenizer.eos_token_ids, loaded.tokenizer
@@ -110,9 +118,8 @@ def _classifier(loaded: LoadedModel) -> dict:
             f"{loaded.name}: its tokenizer has no token for padding that does not also end a text, and "
             "transformers would read scores off the wrong token"
         )
-    kind = loaded.config["model_type"]
     return {
-        "architectures": [f"{SAME_NAMES[kind]}ForSequenceClassification"],
+        "architectures": [f"{family.classifier or family.stem}ForSequenceClassification"],
         "num_labels": 1,
         "id2label": {"0": "reward"},
         "label2id": {"reward": 0},

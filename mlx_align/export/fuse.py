@@ -6,9 +6,6 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_align.errors import ExportError
-from mlx_align.model.load import LoadedModel
-
 
 @dataclass(frozen=True, eq=False)
 class Packed:
@@ -117,14 +114,3 @@ def _merge(layer, base) -> mx.array:
         # DoRA (Liu et al. 2024, arXiv:2402.09353, equation 5): a direction and its own magnitude.
         weight = (layer.m.astype(mx.float32) / mx.linalg.norm(weight, axis=1))[:, None] * weight
     return weight
-
-
-def check_exportable(loaded: LoadedModel, supported: dict, what: str) -> str:
-    """The model type, if it is among `supported`; else `ExportError` that lists those."""
-    kind = (loaded.config.get("text_config") or loaded.config)["model_type"]
-    if kind not in supported:
-        raise ExportError(
-            f"{loaded.name}: models of type {kind!r} cannot be written as {what} yet; "
-            f"supported: {', '.join(sorted(supported))}"
-        )
-    return kind

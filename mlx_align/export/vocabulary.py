@@ -19,18 +19,64 @@ from mlx_align.model.load import LoadedModel
 log = logging.getLogger("mlx_align")
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_REST = "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
-_LLAMA3 = _CONTRACTIONS + "|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}" + _REST
-_QWEN2 = _CONTRACTIONS + "|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}" + _REST
+_WORD = "[^\\r\\n\\p{L}\\p{N}]?"
+_SPACES = "|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+_MARKS = "| ?[^\\s\\p{L}\\p{N}]+"
+_LLAMA3 = f"{_CONTRACTIONS}|{_WORD}\\p{{L}}+|\\p{{N}}{{1,3}}{_MARKS}[\\r\\n]*{_SPACES}"
+_QWEN2 = _LLAMA3.replace("{1,3}", "")
+_QWEN35 = _QWEN2.replace("?\\p{L}+", "?[\\p{L}\\p{M}]+").replace("\\s\\p{L}", "\\s\\p{L}\\p{M}")
+_UPPER, _LOWER = "[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]", "[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]"
+_TEKKEN = f"{_WORD}{_UPPER}*{_LOWER}+|{_WORD}{_UPPER}+{_LOWER}*|\\p{{N}}{_MARKS}[\\r\\n/]*{_SPACES}"
+_GPT4O = (
+    f"{_WORD}{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|{_WORD}{_UPPER}+{_LOWER}*{_CONTRACTIONS}?"
+    f"|\\p{{N}}{{1,3}}{_MARKS}[\\r\\n/]*{_SPACES}"
+)
+_HAN = "split [一-龥ࠀ-一가-퟿]+"
+_DEEPSEEK_LETTERS = (
+    "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗ"
+    "ὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿ"
+    "ﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
+)
+_DEEPSEEK_V3 = (
+    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
+    "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"
+)
 
 # How tokenizer.json cuts text (each step in short), and whether merges are skipped for whole words
-# -> llama.cpp's name for that.
+# -> llama.cpp's name for that (src/llama-vocab.cpp).
 PRE_TOKENIZERS = {
     (("bytes regex",), False): "gpt-2",
     (("digits single", "bytes regex"), False): "smollm",
     ((f"split {_LLAMA3}", "bytes"), True): "llama-bpe",
     ((f"split {_LLAMA3}", "bytes"), False): "dbrx",
     ((f"split {_QWEN2}", "bytes"), False): "qwen2",
+    ((f"split {_QWEN35}", "bytes"), False): "qwen35",
+    ((f"split {_TEKKEN}", "bytes"), True): "tekken",
+    ((f"split {_GPT4O}", "bytes"), False): "gpt-4o",
+    (
+        ("punctuation contiguous", "bytes regex", "digits", "split [0-9][0-9][0-9]"),
+        False,
+    ): "falcon",
+    (
+        ("split [\r\n]", "split \\s?\\p{L}+", "split \\s?\\p{P}+", _HAN, "digits single", "bytes"),
+        False,
+    ): "deepseek-coder",
+    (
+        (
+            "split [\r\n]",
+            f"split \\s?[{_DEEPSEEK_LETTERS}]+",
+            "split \\s?[!-/:-~！-／：-～‘-‟　-。]+",
+            "split \\s+$",
+            _HAN,
+            "digits single",
+            "bytes",
+        ),
+        False,
+    ): "deepseek-llm",
+    (
+        ("split \\p{N}{1,3}", "split [一-龥぀-ゟ゠-ヿ]+", f"split {_DEEPSEEK_V3}", "bytes"),
+        False,
+    ): "deepseek-v3",
 }
 
 
@@ -48,6 +94,7 @@ class Vocabulary:
     add_bos: bool = False
     add_eos: bool = False
     add_space_prefix: bool = False
+    rstrip: bool = False  # special tokens swallow the spaces behind them, as Phi-3's do
     chat_template: str | None = None
 
 
@@ -64,12 +111,14 @@ def read_vocabulary(loaded: LoadedModel) -> Vocabulary:
         raise ExportError(
             f"{loaded.name}: tokenizers of type {model['type']} cannot be written as GGUF"
         )
-    if model.get("byte_fallback"):
+    cuts = [step["type"] for step in _steps(tokenizer, "pre_tokenizer")]
+    if model.get("byte_fallback") and "ByteLevel" not in cuts:
         vocabulary = _sentencepiece(loaded, tokenizer)
     else:
         vocabulary = _byte_level(loaded, tokenizer)
     _add_special_ids(loaded, vocabulary)
     vocabulary.add_bos, vocabulary.add_eos = _added_by_itself(tokenizer)
+    vocabulary.rstrip = _strips_right(tokenizer)
     vocabulary.chat_template = loaded.template.source if loaded.template is not None else None
     return vocabulary
 
@@ -94,7 +143,21 @@ def write_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
         writer.add_chat_template(vocabulary.chat_template)
 
 
+def _steps(tokenizer: dict, part: str) -> list[dict]:
+    """The steps of a part of tokenizer.json, one after another."""
+    whole = tokenizer.get(part)
+    if whole is None:
+        return []
+    inside = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers"}.get(part, "processors")
+    return whole[inside] if whole["type"] == "Sequence" else [whole]
+
+
 def _byte_level(loaded, tokenizer) -> Vocabulary:
+    changes = [s["type"] for s in _steps(tokenizer, "normalizer") if s["type"] != "NFC"]
+    if changes:
+        raise ExportError(
+            f"{loaded.name}: its tokenizer changes texts ({', '.join(changes)}), which llama.cpp does not"
+        )
     vocabulary = Vocabulary("gpt2", pre_tokenizer_name(tokenizer, loaded.name))
     merges = tokenizer["model"]["merges"]
     pairs = [m.split(" ", 1) if isinstance(m, str) else m for m in merges]
@@ -112,21 +175,76 @@ def _sentencepiece(loaded, tokenizer) -> Vocabulary:
             return TokenType.BYTE, 0.0
         if token == model.get("unk_token"):
             return TokenType.UNKNOWN, 0.0
-        return TokenType.NORMAL, scores.get(index, -1000.0)
+        return TokenType.NORMAL, scores.get(index, _LOWEST)
 
     vocabulary = Vocabulary("llama", "default")
     _add_tokens(vocabulary, loaded, tokenizer, kind)
-    normalizer = tokenizer.get("normalizer") or {}
-    steps = normalizer.get("normalizers", [normalizer])
-    before = tokenizer.get("pre_tokenizer") or {}
-    prepends = any(s.get("type") == "Prepend" for s in steps)
-    metaspace = before.get("type") == "Metaspace" and before.get("prepend_scheme") != "never"
-    if metaspace:
-        log.warning(
-            "llama.cpp gives a text that begins with a space other tokens than this tokenizer"
-        )
-    vocabulary.add_space_prefix = prepends or metaspace
+    vocabulary.add_space_prefix = _space_prefix(loaded, tokenizer)
     return vocabulary
+
+
+def _space_prefix(loaded, tokenizer) -> bool:
+    """Whether llama.cpp is to put a space before a text, and behind every special token.
+
+    Raises `ExportError` where a SentencePiece tokenizer does more to a text than that.
+    """
+    known = (
+        {"type": "Prepend", "prepend": "▁"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        # Spaces are gone by then.
+        {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False},
+    )  # fmt: skip
+    steps = _steps(tokenizer, "normalizer") + _steps(tokenizer, "pre_tokenizer")
+    spaces = [s for s in steps if s["type"] == "Metaspace" and not s.get("split", True)]
+    unknown = [step for step in steps if step not in known and step not in spaces]
+    if unknown or tokenizer["model"].get("ignore_merges"):
+        raise ExportError(
+            f"{loaded.name}: llama.cpp has no counterpart of what its tokenizer does: "
+            f"{'; '.join(map(str, unknown)) or 'ignore_merges'}"
+        )
+    schemes = [s["prepend_scheme"] for s in spaces if s["prepend_scheme"] != "never"]
+    if "first" in schemes and _opens_with_special(loaded, tokenizer):
+        log.warning(
+            "%s: the file is right for its chat template; a text without it begins with other tokens in "
+            "llama.cpp",
+            loaded.name,
+        )
+        return False
+    if schemes:
+        log.warning(
+            "%s: llama.cpp gives other tokens to a text that begins with a space, or follows a special "
+            "token",
+            loaded.name,
+        )
+    return bool(schemes) or known[0] in steps
+
+
+def _opens_with_special(loaded, tokenizer) -> bool:
+    """Whether what the chat template renders begins with a special token."""
+    if loaded.template is None:
+        return False
+    text = loaded.template.render([{"role": "user", "content": "a"}], generation=True)
+    return text.startswith(tuple(a["content"] for a in tokenizer["added_tokens"]))
+
+
+def _strips_right(tokenizer) -> bool:
+    """Whether special tokens swallow spaces just as llama.cpp lets those of Phi-3 do."""
+    keep = {"<unk>", "<s>", "<|endoftext|>"}
+    added = {a["content"]: a for a in tokenizer["added_tokens"]}
+    swallow = {token for token, a in added.items() if a["rstrip"]}
+    if "</s>" in swallow and keep <= added.keys() and swallow == added.keys() - keep:
+        return True
+    odd = swallow | {token for token, a in added.items() if a["lstrip"]}
+    if odd:
+        log.warning(
+            "llama.cpp keeps the spaces that this tokenizer swallows next to: %s",
+            ", ".join(sorted(odd)),
+        )
+    return False
+
+
+# Below every score there is: a piece that no merge makes.
+_LOWEST = -1e6
 
 
 def _scores(loaded, model) -> dict[int, float]:
@@ -137,15 +255,14 @@ def _scores(loaded, model) -> dict[int, float]:
 
         processor = sentencepiece.SentencePieceProcessor()
         processor.LoadFromFile(str(path))
-        return {i: processor.GetScore(i) for i in range(processor.vocab_size())}
+        ids = range(processor.vocab_size())
+        if all(model["vocab"].get(processor.IdToPiece(i), i) == i for i in ids):
+            return {i: processor.GetScore(i) for i in ids}
     rank: dict[str, int] = {}
     for order, merge in enumerate(model["merges"]):
         left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
         rank.setdefault(left + right, order)
-    return {
-        i: -float(rank[token]) if token in rank else (-1e6 if len(token) == 1 else 0.0)
-        for token, i in model["vocab"].items()
-    }
+    return {i: -float(rank[token]) for token, i in model["vocab"].items() if token in rank}
 
 
 def _add_tokens(vocabulary, loaded, tokenizer, kind) -> None:
@@ -188,20 +305,26 @@ def pre_tokenizer_name(tokenizer: dict, model_name: str) -> str:
     Raises `ExportError` that shows the way where there is no such name: a wrong one gives wrong ids
     without any message.
     """
-    before = tokenizer.get("pre_tokenizer") or {}
-    steps = before["pretokenizers"] if before.get("type") == "Sequence" else [before]
     described = []
-    for step in steps:
-        kind = step.get("type")
+    for step in _steps(tokenizer, "pre_tokenizer"):
+        kind = step["type"]
         if kind == "Split":
             pattern = step["pattern"]
             described.append(f"split {pattern.get('Regex', pattern.get('String'))}")
+            # The patterns leave nothing between their matches, so removing that changes nothing.
+            how = (step["behavior"], step.get("invert", False))
+            if how not in (("Isolated", False), ("Removed", True)):
+                described[-1] += f" ({how[0]}{', inverted' if how[1] else ''})"
         elif kind == "ByteLevel":
             described.append("bytes regex" if step.get("use_regex", True) else "bytes")
+            if step.get("add_prefix_space", True):
+                described[-1] += " with a space in front"
         elif kind == "Digits":
             described.append("digits single" if step["individual_digits"] else "digits")
+        elif kind == "Punctuation":
+            described.append(f"punctuation {step['behavior'].lower()}")
         else:
-            described.append(str(kind))
+            described.append(kind)
     key = (tuple(described), bool(tokenizer["model"].get("ignore_merges")))
     if key not in PRE_TOKENIZERS:
         raise ExportError(
@@ -214,9 +337,8 @@ def pre_tokenizer_name(tokenizer: dict, model_name: str) -> str:
 
 def _added_by_itself(tokenizer) -> tuple[bool, bool]:
     """Whether the tokenizer puts a BOS before, and an EOS behind, every text."""
-    processor = tokenizer.get("post_processor") or {}
-    for step in processor.get("processors", [processor]):
-        if step.get("type") == "TemplateProcessing":
+    for step in _steps(tokenizer, "post_processor"):
+        if step["type"] == "TemplateProcessing":
             pieces = step["single"]
             return "SpecialToken" in pieces[0], "SpecialToken" in pieces[-1]
     return False, False

@@ -17,7 +17,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_align.errors import ModelError
-from mlx_align.export.gguf import llama3_factors
+from mlx_align.export.architectures import llama3_factors
 from mlx_align.importer.gguf_file import GGUFFile, Tensor
 from mlx_align.model.config import normalise_config
 

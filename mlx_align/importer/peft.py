@@ -27,7 +27,7 @@ from mlx_align.export.adapter import (
     PEFT_PREFIX,
     PEFT_WEIGHTS,
 )
-from mlx_align.export.folder import SAME_NAMES
+from mlx_align.export.architectures import FAMILIES
 from mlx_align.export.fuse import fused_tensors
 from mlx_align.files import new_folder
 from mlx_align.model.adapter import (
@@ -245,10 +245,10 @@ def _unify(updates, factors: Factors, folder) -> tuple[dict[str, mx.array], int,
 
 def _check_base(model, config, saved, folder) -> None:
     kind = config["model_type"]
-    if kind not in SAME_NAMES:
+    if kind not in FAMILIES:
         raise ModelError(
             f"{folder}: its base is of type {kind!r}, whose parts have other names in MLX (those of "
-            f"{', '.join(sorted(SAME_NAMES))} have the same); {MERGE}"
+            f"{', '.join(sorted(FAMILIES))} have the same); {MERGE}"
         )
     whole = sorted(saved.keys() - {SCORE})
     if whole and any(hasattr(module, "bits") for module in model.modules()):

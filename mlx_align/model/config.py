@@ -12,7 +12,9 @@ def normalise_config(config: dict) -> dict:
     """A copy of a config.json with old and new spellings side by side; nested text configs too."""
     config = dict(config)
     if isinstance(config.get("text_config"), dict):
-        config["text_config"] = normalise_config(config["text_config"])
+        config["text_config"] = text = normalise_config(config["text_config"])
+        if text.get("vocab_size") is not None:
+            config.setdefault("vocab_size", text["vocab_size"])
     rope = config.get("rope_parameters")
     if isinstance(rope, dict) and rope:
         _hoist_rope(config, rope)
@@ -55,12 +57,15 @@ def _hoist_rope(config, rope):
 
 
 def _nest_rope(config):
-    """`rope_parameters` from the old keys, for one set of frequencies in all layers."""
-    if config.get("rope_local_base_freq") is not None:
-        return
+    """`rope_parameters` from the old keys, one set for each kind of layer where these differ."""
     scaling = dict(config.get("rope_scaling") or {})
     kind = scaling.pop("type", None)
     kind = scaling.pop("rope_type", kind) or "default"
-    config["rope_parameters"] = {"rope_theta": config["rope_theta"], "rope_type": kind, **scaling}
+    rope = {"rope_theta": config["rope_theta"], "rope_type": kind, **scaling}
     if config.get("partial_rotary_factor") is not None:
-        config["rope_parameters"]["partial_rotary_factor"] = config["partial_rotary_factor"]
+        rope["partial_rotary_factor"] = config["partial_rotary_factor"]
+    local = config.get("rope_local_base_freq")
+    if local is not None:
+        plain = {"rope_theta": local, "rope_type": "default"}
+        rope = {"full_attention": rope, "sliding_attention": plain}
+    config["rope_parameters"] = rope

@@ -261,7 +261,7 @@ def test_sentencepiece_vocabularies(shared, model_folder, tmp_path, keep_model):
 @pytest.mark.parametrize(
     ("family", "changes", "words"),
     [
-        ("mamba", {}, "models of type 'mamba' cannot be written as GGUF yet; supported: llama"),
+        ("mamba", {}, "models of type 'mamba' cannot be written as GGUF yet; supported: gemma2"),
         ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "of type 'dynamic'"),
         ("llama-sliding", {}, "a sliding window of 6"),
         ("mistral", {}, "a sliding window of 8 in a context of 512"),

@@ -11,16 +11,9 @@ import tiny
 from gguf import GGMLQuantizationType as Kind
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_align.export.gguf import llama3_factors
+from mlx_align.export.architectures import rope_factors
 from mlx_align.export.vocabulary import read_vocabulary, write_vocabulary
 from mlx_align.model.load import STORED, load_model
-
-for _family, _changes in {
-    "smollm3": {},
-    "olmo2": {"tie_word_embeddings": False},
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False},
-}.items():
-    tiny.FAMILIES.setdefault(_family, _changes)
 
 ARCHITECTURES = {
     "llama": "llama", "mistral": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
