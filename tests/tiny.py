@@ -87,6 +87,19 @@ FAMILIES = {
         "sliding_window_pattern": 2,
     },
     "phi3": {"rope_scaling": None, "original_max_position_embeddings": 512},
+    "phi3-long": {
+        "model_type": "phi3",
+        "partial_rotary_factor": 0.5,
+        "original_max_position_embeddings": 256,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0, 1.0, 1.0, 1.0],
+            "long_factor": [1.0, 1.5, 2.0, 3.0],
+        },
+    },
+    "smollm3": {"num_hidden_layers": 4, "tie_word_embeddings": True},
+    "olmo2": {},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False},
     "cohere": {"logit_scale": 0.25, "layer_norm_eps": 1e-5},
     "granite": {
         "logits_scaling": 8.0,

@@ -51,7 +51,8 @@ class Family:
 def _softcap_keys(writer, config):
     writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
     writer.add_final_logit_softcapping(config["final_logit_softcapping"])
-    writer.add_sliding_window(config["sliding_window"])
+    # mlx-lm has no window, so a config that it wrote may not say; this is what all such models have.
+    writer.add_sliding_window(config.get("sliding_window", 4096))
 
 
 def _gemma3_keys(writer, config):

@@ -102,6 +102,8 @@ def _transformers_config(loaded: LoadedModel, family: Family, config: dict) -> d
     model = loaded.model.get("language_model", loaded.model)
     # Where these are not said, each class of transformers has its own idea of them.
     config |= {"vocab_size": loaded.vocabulary, "tie_word_embeddings": "lm_head" not in model}
+    for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        config.setdefault(token, getattr(loaded.tokenizer, token, None))
     config["architectures"] = [f"{family.stem}ForCausalLM"]
     return {**config, **(_classifier(loaded, family) if "score" in loaded.model else {})}
 

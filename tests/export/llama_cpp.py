@@ -58,6 +58,11 @@ class Server:
         answer = self.post("/completion", body)["completion_probabilities"][0]
         return {row["id"]: row["logprob"] for row in answer["top_logprobs"]}
 
+    def all_log_probs(self, ids, size):
+        """The log-probability of every next token, float64[size]."""
+        found = self.next_log_probs(ids, size)
+        return np.array([found[token] for token in range(size)])
+
     def chat_prompt(self, messages):
         return self.post("/apply-template", {"messages": messages})["prompt"]
 

@@ -285,7 +285,7 @@ def test_what_llama_cpp_computes_otherwise_is_refused(
 def test_an_unknown_way_of_cutting_text_is_refused_and_shown():
     tokenizer = {
         "model": {"ignore_merges": False},
-        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "[a-z]+"}},
+        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "[a-z]+"}, "behavior": "Isolated"},
     }
     with pytest.raises(ExportError, match=r"split \[a-z\]\+"):
         pre_tokenizer_name(tokenizer, "m")
