@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,6 +13,7 @@ from tokenizers import (
     Tokenizer,
     decoders,
     models,
+    normalizers,
     pre_tokenizers,
     processors,
     trainers,
@@ -267,24 +269,34 @@ def make_adapter(folder: Path, model: Path, *, reward: bool = False, **settings)
     return folder
 
 
-def make_sentencepiece(folder: Path, model_file: Path, *, keep_model: bool) -> None:
-    """Write a tokenizer.json like Llama 2's from a SentencePiece model: merges in order of scores."""
+def make_sentencepiece(
+    folder: Path, model_file: Path, *, keep_model: bool, template: str | None = None
+) -> None:
+    """Write a tokenizer.json like Llama 2's from a SentencePiece model."""
     import sentencepiece
-    from tokenizers import normalizers
 
     processor = sentencepiece.SentencePieceProcessor()
     processor.LoadFromFile(str(model_file))
-    pieces = {processor.IdToPiece(i): i for i in range(processor.vocab_size())}
+    pieces = [processor.IdToPiece(i) for i in range(processor.vocab_size())]
+    scores = [processor.GetScore(i) for i in range(len(pieces))]
+    write_tokenizer(folder, scored_tokenizer(pieces, scores), "<s>", "</s>", template)
+    if keep_model:
+        (folder / "tokenizer.model").write_bytes(model_file.read_bytes())
+
+
+def scored_tokenizer(pieces: list[str], scores: list[float]) -> Tokenizer:
+    """Llama 2's kind of tokenizer: merges in the order of the scores of what they make."""
+    ids = {piece: i for i, piece in enumerate(pieces)}
     merges = []
-    for piece, i in pieces.items():
-        if processor.IsControl(i) or processor.IsUnknown(i) or processor.IsByte(i):
+    for i, piece in enumerate(pieces):
+        if piece in ("<unk>", "<s>", "</s>") or re.fullmatch("<0x..>", piece):
             continue
         for cut in range(1, len(piece)):
             left, right = piece[:cut], piece[cut:]
-            if left in pieces and right in pieces:
-                merges.append((-processor.GetScore(i), pieces[left], pieces[right], left, right))
+            if left in ids and right in ids:
+                merges.append((-scores[i], ids[left], ids[right], left, right))
     merges = [(left, right) for _, _, _, left, right in sorted(merges)]
-    model = models.BPE(pieces, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    model = models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
@@ -295,16 +307,20 @@ def make_sentencepiece(folder: Path, model_file: Path, *, keep_model: bool) -> N
         [AddedToken(s, special=True, normalized=False) for s in ("<unk>", "<s>", "</s>")]
     )
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=[("<s>", 1)]
+        single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=[("<s>", ids["<s>"])]
     )
+    return tokenizer
+
+
+def write_tokenizer(folder: Path, tokenizer: Tokenizer, bos, eos, template=None) -> None:
+    """Write a tokenizer's two files."""
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
+        "bos_token": bos,
+        "eos_token": eos,
+        "unk_token": "<unk>" if tokenizer.token_to_id("<unk>") is not None else None,
         "clean_up_tokenization_spaces": False,
+        "chat_template": template,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    if keep_model:
-        (folder / "tokenizer.model").write_bytes(model_file.read_bytes())

@@ -31,15 +31,16 @@ _GPT4O = (
     f"{_WORD}{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|{_WORD}{_UPPER}+{_LOWER}*{_CONTRACTIONS}?"
     f"|\\p{{N}}{{1,3}}{_MARKS}[\\r\\n/]*{_SPACES}"
 )
-_HAN = "split [一-龥ࠀ-一가-퟿]+"
-_DEEPSEEK_LETTERS = (
-    "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗ"
-    "ὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿ"
-    "ﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
-)
+_DEEPSEEK_CODER = (
+    "split [\r\n]", "split \\s?\\p{L}+", "split \\s?\\p{P}+",
+    "split [\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
+)  # fmt: skip
 _DEEPSEEK_V3 = (
-    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
-    "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"
+    "split \\p{N}{1,3}",
+    "split [\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+    "split [!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+"
+    "|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*"
+    "|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
 )
 
 # How tokenizer.json cuts text (each step in short), and whether merges are skipped for whole words
@@ -53,30 +54,8 @@ PRE_TOKENIZERS = {
     ((f"split {_QWEN35}", "bytes"), False): "qwen35",
     ((f"split {_TEKKEN}", "bytes"), True): "tekken",
     ((f"split {_GPT4O}", "bytes"), False): "gpt-4o",
-    (
-        ("punctuation contiguous", "bytes regex", "digits", "split [0-9][0-9][0-9]"),
-        False,
-    ): "falcon",
-    (
-        ("split [\r\n]", "split \\s?\\p{L}+", "split \\s?\\p{P}+", _HAN, "digits single", "bytes"),
-        False,
-    ): "deepseek-coder",
-    (
-        (
-            "split [\r\n]",
-            f"split \\s?[{_DEEPSEEK_LETTERS}]+",
-            "split \\s?[!-/:-~！-／：-～‘-‟　-。]+",
-            "split \\s+$",
-            _HAN,
-            "digits single",
-            "bytes",
-        ),
-        False,
-    ): "deepseek-llm",
-    (
-        ("split \\p{N}{1,3}", "split [一-龥぀-ゟ゠-ヿ]+", f"split {_DEEPSEEK_V3}", "bytes"),
-        False,
-    ): "deepseek-v3",
+    ((*_DEEPSEEK_CODER, "digits single", "bytes"), False): "deepseek-coder",
+    ((*_DEEPSEEK_V3, "bytes"), False): "deepseek-v3",
 }
 
 
@@ -321,8 +300,6 @@ def pre_tokenizer_name(tokenizer: dict, model_name: str) -> str:
                 described[-1] += " with a space in front"
         elif kind == "Digits":
             described.append("digits single" if step["individual_digits"] else "digits")
-        elif kind == "Punctuation":
-            described.append(f"punctuation {step['behavior'].lower()}")
         else:
             described.append(kind)
     key = (tuple(described), bool(tokenizer["model"].get("ignore_merges")))

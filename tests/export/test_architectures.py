@@ -2,18 +2,15 @@
 
 import json
 
-import gguf
 import hugging_face
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
 from llama_cpp import Server
-from mlx.utils import tree_map
 from test_folder import adapted
 from test_gguf import close_or_tied, fields
 
-from mlx_align.errors import ExportError
 from mlx_align.export.folder import export_folder
 from mlx_align.export.gguf import export_gguf
 from mlx_align.model.load import load_model

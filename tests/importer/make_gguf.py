@@ -100,13 +100,8 @@ def write_gguf(
     for name, values in _tensors(loaded, family, heads):
         own = kinds(name) or (kind if values.ndim > 1 and "ffn_gate_inp" not in name else Kind.F32)
         writer.add_tensor(name, encode(values, own), raw_dtype=own)
-    factors = llama3_factors(config)
-    if factors is not None:
-        writer.add_tensor("rope_freqs.weight", factors)
-    for length in ("long", "short"):
-        if f"{length}_factor" in scaling:
-            divisors = np.array(scaling[f"{length}_factor"], np.float32)
-            writer.add_tensor(f"rope_factors_{length}.weight", divisors)
+    for name, factors in rope_factors(config).items():
+        writer.add_tensor(f"{name}.weight", factors)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -99,7 +99,23 @@ def test_full_fine_tuning_keeps_the_head_with_the_weights(reward_run):
     assert open_reward_model(folder).score([(PROMPT, "So.")]).shape == (1,)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "llama-untied"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "llama-untied",
+        "mixtral",
+        "qwen3_moe",
+        "gemma2",
+        "gemma3_text",
+        "phi3",
+        "smollm3",
+        "olmo2",
+    ],
+)
 def test_transformers_scores_the_same(reward_run, tmp_path, family):
     torch = pytest.importorskip("torch", reason="the scores are compared with torch's")
     transformers = pytest.importorskip("transformers")
