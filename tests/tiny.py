@@ -284,6 +284,18 @@ def make_sentencepiece(
         (folder / "tokenizer.model").write_bytes(model_file.read_bytes())
 
 
+def train_sentencepiece(folder: Path, size: int = 440) -> Path:
+    """Train a SentencePiece model on a few texts."""
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS), model_prefix=str(folder / "trained"), vocab_size=size,
+        model_type="bpe", byte_fallback=True, character_coverage=0.98, minloglevel=2,
+        normalization_rule_name="identity", remove_extra_whitespaces=False,
+    )  # fmt: skip
+    return folder / "trained.model"
+
+
 def scored_tokenizer(pieces: list[str], scores: list[float]) -> Tokenizer:
     """Llama 2's kind of tokenizer: merges in the order of the scores of what they make."""
     ids = {piece: i for i, piece in enumerate(pieces)}

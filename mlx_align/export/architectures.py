@@ -5,6 +5,7 @@ it reads, and what it computes otherwise than the model, which is refused. For H
 of its classes and weights. Facts about llama.cpp are those of its loaders, src/models/*.cpp.
 """
 
+import logging
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ from mlx_align.errors import ExportError
 from mlx_align.export.fuse import Packed, fused_tensors
 from mlx_align.model.load import LoadedModel
 
+log = logging.getLogger("mlx_align")
+
 
 @dataclass(frozen=True)
 class Family:
@@ -32,9 +35,7 @@ class Family:
     architecture: MODEL_ARCH
     stem: str
     classifier: str = ""
-    interleaved: bool = (
-        False  # llama.cpp rotates rows (2i, 2i + 1) of a head, the model (i, i + d/2)
-    )
+    interleaved: bool = False  # rows (2i, 2i + 1) of a head are rotated, not (i, i + d/2)
     norm_offset: float = 0.0  # what norms add to their stored weights
     head_required: bool = False  # a tied head is written a second time
     biases: bool = False  # llama.cpp reads those that attention_bias and mlp_bias switch on
@@ -72,7 +73,7 @@ def _phi3_keys(writer, config):
     kind, _ = rope_scaling(config)
     # Without a window the loader reads 0.
     writer.add_sliding_window(0)
-    if kind in LONG_ROPE:
+    if kind == "longrope":
         original = config["original_max_position_embeddings"]
         writer.add_rope_scaling_orig_ctx_len(original)
         factor = config["max_position_embeddings"] / original
@@ -126,7 +127,6 @@ def _smollm3_refusals(config):
         yield "no_rope_layers other than every fourth"
 
 
-LONG_ROPE = ("longrope", "su")
 _LLAMA = {"architecture": MODEL_ARCH.LLAMA, "interleaved": True}
 _GEMMA = {"norm_offset": 1.0, "activation": "gelu_pytorch_tanh", "window": "kept"}
 FAMILIES = {
@@ -172,7 +172,7 @@ FAMILIES = {
         "Phi3",
         fixed_head_dim=True,
         partial_rotary=True,
-        scalings=("linear", *LONG_ROPE),
+        scalings=("linear", "longrope"),
         keys=_phi3_keys,
     ),
     "smollm3": Family(
@@ -299,7 +299,7 @@ def rope_factors(config: dict) -> dict[str, np.ndarray]:
     kind, scaling = rope_scaling(config)
     if kind == "llama3":
         return {"rope_freqs": llama3_factors(config)}
-    if kind in LONG_ROPE:
+    if kind == "longrope":
         sizes = {f"rope_factors_{size}": scaling[f"{size}_factor"] for size in ("long", "short")}
         return {name: np.array(factors, np.float32) for name, factors in sizes.items()}
     return {}
@@ -349,6 +349,14 @@ def write_hyperparameters(writer: GGUFWriter, family: Family, config: dict) -> N
 
 def check_config(loaded: LoadedModel, family: Family, config: dict) -> None:
     """Refuse what llama.cpp computes differently from the model, all of it at once."""
+    kind, scaling = rope_scaling(config)
+    if kind == "longrope" and scaling["short_factor"] != scaling["long_factor"]:
+        log.warning(
+            "%s: mlx-lm takes the long factors for short texts too; llama.cpp and transformers take the "
+            "short ones up to %s tokens, so their answers differ a little",
+            loaded.name,
+            config["original_max_position_embeddings"],
+        )
     refused = [*_refusals(family, config), *family.refusals(config)]
     if refused:
         raise ExportError(

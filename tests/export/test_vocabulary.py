@@ -119,6 +119,132 @@ def test_what_llama_cpp_cannot_do_is_refused(uncut, model_folder, tmp_path, chan
     assert not (tmp_path / "out").exists()
 
 
+SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+PREPEND = {"type": "Prepend", "prepend": "▁"}
+METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+# Where SentencePiece tokenizers put spaces: published in this form by Llama 2, Gemma and Mistral.
+SENTENCEPIECE = {
+    "llama": ({"type": "Sequence", "normalizers": [PREPEND, SPACES]}, None),
+    "gemma": (
+        SPACES,
+        {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False},
+    ),
+    "mistral": (None, METASPACE),
+}  # fmt: skip
+INST = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %}{{ m.content }}</s>{% endif %}{% endfor %}"
+)
+
+
+@pytest.fixture
+def sentencepiece_model(model_folder, tmp_path):
+    """make(kind, keep_model, template, change) -> a model with such a tokenizer, its file changed."""
+
+    def make(kind, keep_model=True, template=None, change=lambda tokenizer: None):
+        folder = tmp_path / "model"
+        shutil.copytree(model_folder("llama", vocab_size=448), folder)
+        trained = tiny.train_sentencepiece(tmp_path)
+        tiny.make_sentencepiece(folder, trained, keep_model=keep_model, template=template)
+        file = folder / "tokenizer.json"
+        tokenizer = json.loads(file.read_text(encoding="utf-8"))
+        tokenizer["normalizer"], tokenizer["pre_tokenizer"] = SENTENCEPIECE[kind]
+        change(tokenizer)
+        file.write_text(json.dumps(tokenizer), encoding="utf-8")
+        return load_model(str(folder))
+
+    return make
+
+
+@pytest.mark.parametrize("keep_model", [True, False], ids=["own scores", "scores from merges"])
+@pytest.mark.parametrize("kind", ["llama", "gemma"])
+def test_sentencepiece_gives_the_same_ids(sentencepiece_model, tmp_path, kind, keep_model):
+    loaded = sentencepiece_model(kind, keep_model)
+    server = Server(export_gguf(loaded, tmp_path / "m.gguf"))
+    for text in filter(None, [*TEXTS, *tiny.CORPUS, "a</s> b<s>c <unk> <0x41>"]):
+        for special in (False, True):
+            own = list(loaded.tokenizer.encode(text, add_special_tokens=special))
+            assert server.tokenize(text, add_special=special) == own, text
+
+
+def test_spaces_are_where_the_chat_template_has_them(sentencepiece_model, tmp_path, caplog):
+    loaded = sentencepiece_model("mistral", template=INST)
+    server = Server(export_gguf(loaded, tmp_path / "m.gguf"))
+    talk = [("user", "Hi there"), ("assistant", "Yes?"), ("user", " What do you think?")]
+    messages = [{"role": role, "content": content} for role, content in talk]
+    text = loaded.template.render(messages, generation=True)
+    assert text.startswith("<s>[INST]")
+    assert server.tokenize(text) == list(loaded.tokenizer.encode(text, add_special_tokens=False))
+    assert "a text without it begins with other tokens" in caplog.text
+
+
+def test_without_a_template_a_text_begins_with_a_space(sentencepiece_model, tmp_path, caplog):
+    loaded = sentencepiece_model("mistral")
+    server = Server(export_gguf(loaded, tmp_path / "m.gguf"))
+    assert server.tokenize("Hello world") == list(
+        loaded.tokenizer.encode("Hello world", add_special_tokens=False)
+    )
+    assert "a text that begins with a space" in caplog.text
+
+
+def test_scores_of_another_vocabulary_are_not_taken(sentencepiece_model, tmp_path):
+    loaded = sentencepiece_model("llama")
+    tiny.train_sentencepiece(tmp_path, 430).replace(loaded.path / "tokenizer.model")
+    server = Server(export_gguf(loaded, tmp_path / "m.gguf"))
+    for text in tiny.CORPUS:
+        own = list(loaded.tokenizer.encode(text, add_special_tokens=False))
+        assert server.tokenize(text) == own
+
+
+def with_phi3_tokens(tokenizer):
+    names = {added["content"]: added for added in tokenizer["added_tokens"]}
+    names["</s>"]["rstrip"] = True
+    for i, token in enumerate(("<|endoftext|>", "<|user|>", "<|end|>")):
+        added = {**names["<s>"], "content": token, "id": 440 + i, "rstrip": i > 0}
+        tokenizer["added_tokens"].append(added)
+
+
+def with_one_token_that_swallows(tokenizer):
+    tokenizer["added_tokens"][2]["rstrip"] = True
+
+
+def test_special_tokens_that_swallow_spaces(sentencepiece_model, tmp_path, caplog):
+    """Phi-3's do, and llama.cpp does it for models that are called so."""
+    loaded = sentencepiece_model("llama", change=with_phi3_tokens)
+    server = Server(export_gguf(loaded, tmp_path / "m.gguf"))
+    for text in ("<|user|>\n Hi<|end|>\n <|end|>  a", "a</s>  b<s> c<|endoftext|> d <unk> e"):
+        own = list(loaded.tokenizer.encode(text, add_special_tokens=False))
+        assert server.tokenize(text) == own, text
+    assert "swallows" not in caplog.text
+
+
+def test_only_what_phi3_does_with_spaces_is_known(sentencepiece_model, tmp_path, caplog):
+    loaded = sentencepiece_model("llama", change=with_one_token_that_swallows)
+    # By this name llama.cpp would look for tokens that this vocabulary does not have.
+    loaded.name = "someone/Phi-3-tiny"
+    server = Server(export_gguf(loaded, tmp_path / "m.gguf"))
+    assert "keeps the spaces that this tokenizer swallows next to: </s>" in caplog.text
+    assert server.tokenize("Hello") == list(
+        loaded.tokenizer.encode("Hello", add_special_tokens=False)
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tokenizer: tokenizer.update(normalizer={"type": "NFKC"}),
+        lambda tokenizer: tokenizer.update(pre_tokenizer={**METASPACE, "split": True}),
+        lambda tokenizer: tokenizer["model"].update(ignore_merges=True),
+    ],
+    ids=["normalises", "cuts at spaces", "ignores merges"],
+)
+def test_other_sentencepiece_tokenizers_are_refused(sentencepiece_model, tmp_path, change):
+    loaded = sentencepiece_model("llama", change=change)
+    with pytest.raises(ExportError, match="has no counterpart of what its tokenizer does"):
+        export_gguf(loaded, tmp_path / "out" / "m.gguf")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", ["gpt-2", "llama-bpe", "llama-spm", "phi-3", "qwen2"])
 def test_published_vocabularies_give_the_published_ids(shared, tmp_path, name):
     file = shared(f"vocab/ggml-vocab-{name}.gguf")
