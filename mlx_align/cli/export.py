@@ -70,8 +70,8 @@ def _export() -> click.Command:
                 "--quantize",
                 type=click.Choice(GGUF_TYPES),
                 help="Type of the weights in GGUF. Default: f16 for gguf, q8_0 for ollama, f32 for "
-                "an adapter. What no adapter changed of a base in 2 to 4 bits stays exact in q4_1, of one in "
-                "5 bits in q5_1.",
+                "an adapter. What no adapter changed of a base in 2 to 4 bits stays exact in q4_1, of one "
+                "in 5 bits in q5_1.",
             ),
             option(
                 "--imatrix",

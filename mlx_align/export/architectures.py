@@ -22,6 +22,9 @@ from mlx_align.model.load import LoadedModel
 
 log = logging.getLogger("mlx_align")
 
+# What begins the names of the language model's weights in a multimodal model.
+LANGUAGE = "language_model."
+
 
 @dataclass(frozen=True)
 class Family:

@@ -1,8 +1,13 @@
 """llama.cpp's server, from the xllamacpp package, as an independent reader of GGUF files."""
 
 import ctypes
+import importlib.util
 import json
+import os
+import subprocess
+import sys
 import urllib.request
+import weakref
 from pathlib import Path
 
 import gguf
@@ -11,26 +16,25 @@ import pytest
 
 
 class Server:
+    """A server of one file, and an adapter on it, in a process of its own that is killed: in ours,
+    xllamacpp now and then waits for ever when a server goes."""
+
     def __init__(self, path, adapter=None):
-        xllamacpp = pytest.importorskip(
-            "xllamacpp", reason="GGUF files are run where xllamacpp is installed"
+        if importlib.util.find_spec("xllamacpp") is None:
+            pytest.skip("GGUF files are run where xllamacpp is installed")
+        process = subprocess.Popen(
+            [sys.executable, __file__, *map(str, filter(None, (path, adapter)))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
-        params = xllamacpp.CommonParams()
-        params.model.path = str(path)
-        params.n_ctx = 512
-        params.n_parallel = 1
-        params.cpuparams.n_threads = 2
-        params.verbosity = -1
-        # Full precision everywhere, so that differences are the file's.
-        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        if adapter is not None:
-            params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
-        self._server = xllamacpp.Server(params)
+        weakref.finalize(self, _stop, process)
+        self._address = next((line.strip() for line in process.stdout if "http" in line), None)
+        assert self._address, f"llama.cpp cannot load {path}"
 
     def post(self, path, body):
         request = urllib.request.Request(
-            self._server.listening_address + path,
+            self._address + path,
             json.dumps(body).encode(),
             {"Content-Type": "application/json"},
         )
@@ -67,6 +71,33 @@ class Server:
         return self.post("/apply-template", {"messages": messages})["prompt"]
 
 
+def _stop(process):
+    process.kill()
+    process.communicate()
+
+
+def serve(path, adapter=None):
+    """Load the files, write the address to standard output, and serve until standard input ends."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = path
+    params.n_ctx = 512
+    params.n_parallel = 1
+    params.cpuparams.n_threads = 2
+    params.verbosity = -1
+    # Full precision everywhere, so that differences are the file's.
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    if adapter is not None:
+        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(adapter, 1.0)]
+    server = xllamacpp.Server(params)
+    sys.stdout.write(server.listening_address + "\n")
+    sys.stdout.flush()
+    sys.stdin.read()
+    os._exit(0)
+
+
 def reference_blocks(values, kind, importance=None):
     """llama.cpp's own blocks of float32[rows, width], uint8[rows, bytes]."""
     xllamacpp = pytest.importorskip(
@@ -90,3 +121,7 @@ def reference_blocks(values, kind, importance=None):
     address = None if weights is None else weights.ctypes.data
     quantise(int(kind), values.ctypes.data, out.ctypes.data, 0, rows, width, address)
     return out
+
+
+if __name__ == "__main__":
+    serve(*sys.argv[1:])

@@ -7,7 +7,6 @@ import gguf
 import mlx.core as mx
 import numpy as np
 import pytest
-import tiny
 from gguf import GGMLQuantizationType as Kind
 from mlx.utils import tree_flatten, tree_map
 
