@@ -111,9 +111,8 @@ def _gemma3_refusals(config):
 
 def _period_refusals(config, period):
     kinds = config.get("layer_types") or []
-    expected = ["full_attention" if i % period == 0 else "sliding_attention"
-                for i in range(1, len(kinds) + 1)]  # fmt: skip
-    if kinds != expected:
+    full = [i for i, kind in enumerate(kinds, 1) if kind == "full_attention"]
+    if full != list(range(period, len(kinds) + 1, period)):
         yield f"layer_types other than full attention in every layer {period}, {2 * period}, ..."
 
 
@@ -197,6 +196,8 @@ def find_family(loaded: LoadedModel, what: str) -> Family:
             f"{loaded.name}: models of type {kind!r} cannot be written as {what} yet; "
             f"supported: {', '.join(sorted(FAMILIES))}"
         )
+    if "text_config" in loaded.config:
+        log.warning("%s: only its language model is written, not what sees or hears", loaded.name)
     return FAMILIES[kind]
 
 

@@ -4,6 +4,7 @@ Two kinds: byte-level BPE ("gpt2" in GGUF), whose way of cutting text into words
 llama.cpp knows by name, and SentencePiece-like BPE with byte fallback ("llama").
 """
 
+import contextlib
 import json
 import logging
 import re
@@ -233,9 +234,11 @@ def _scores(loaded, model) -> dict[int, float]:
         import sentencepiece
 
         processor = sentencepiece.SentencePieceProcessor()
-        processor.LoadFromFile(str(path))
+        # A file of another format or vocabulary says nothing about this one.
+        with contextlib.suppress(OSError, RuntimeError):
+            processor.LoadFromFile(str(path))
         ids = range(processor.vocab_size())
-        if all(model["vocab"].get(processor.IdToPiece(i), i) == i for i in ids):
+        if ids and all(model["vocab"].get(processor.IdToPiece(i)) == i for i in ids):
             return {i: processor.GetScore(i) for i in ids}
     rank: dict[str, int] = {}
     for order, merge in enumerate(model["merges"]):

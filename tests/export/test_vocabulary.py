@@ -187,9 +187,13 @@ def test_without_a_template_a_text_begins_with_a_space(sentencepiece_model, tmp_
     assert "a text that begins with a space" in caplog.text
 
 
-def test_scores_of_another_vocabulary_are_not_taken(sentencepiece_model, tmp_path):
+@pytest.mark.parametrize("broken", [True, False], ids=["another format", "another vocabulary"])
+def test_scores_of_another_vocabulary_are_not_taken(sentencepiece_model, tmp_path, broken):
     loaded = sentencepiece_model("llama")
-    tiny.train_sentencepiece(tmp_path, 430).replace(loaded.path / "tokenizer.model")
+    if broken:
+        (loaded.path / "tokenizer.model").write_bytes(b"no such thing")
+    else:
+        tiny.train_sentencepiece(tmp_path, 430).replace(loaded.path / "tokenizer.model")
     server = Server(export_gguf(loaded, tmp_path / "m.gguf"))
     for text in tiny.CORPUS:
         own = list(loaded.tokenizer.encode(text, add_special_tokens=False))
