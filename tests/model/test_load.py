@@ -38,6 +38,21 @@ def test_rope_settings_by_layer_type():
     assert config["sliding_window_pattern"] == 6
 
 
+def test_old_settings_by_layer_type_get_the_new_spelling():
+    old = {"rope_theta": 1e6, "rope_local_base_freq": 1e4}
+    old["rope_scaling"] = {"rope_type": "linear", "factor": 8.0}
+    assert normalise_config(old)["rope_parameters"] == {
+        "full_attention": {"rope_theta": 1e6, "rope_type": "linear", "factor": 8.0},
+        "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
+    }
+
+
+def test_a_language_model_inside_says_how_many_tokens_there_are():
+    assert normalise_config({"text_config": {"vocab_size": 300}})["vocab_size"] == 300
+    given = {"vocab_size": 320, "text_config": {"vocab_size": 300}}
+    assert normalise_config(given)["vocab_size"] == 320
+
+
 def test_old_spelling_gets_the_new_one_beside_it():
     config = normalise_config({"rope_theta": 5e5, "rope_scaling": LLAMA3, "num_experts": 4})
     assert config["rope_parameters"] == {"rope_theta": 5e5, **LLAMA3}
