@@ -316,13 +316,18 @@ def _export_adapter(loaded, adapter, source, to, path, *, quantize, dtype, name,
 
 
 def import_model(
-    source: str | Path, *, output: str | Path | None = None, dtype: str | None = None
+    source: str | Path,
+    *,
+    output: str | Path | None = None,
+    dtype: str | None = None,
+    base: str | None = None,
 ) -> Path:
-    """Make a model folder for MLX of a model in another form; returns it.
+    """Make a folder for MLX of a model or adapter in another form; returns it.
 
     `source` is a GGUF file, "ollama:llama3.2:1b" or "lmstudio:publisher/model" from the stores on this
-    machine, or a folder of safetensors; `output` is models/NAME by default. Quantised weights stay
-    quantised; with `dtype` ("float16", ...) all become floats of that type.
+    machine, a folder of safetensors, or an adapter of PEFT, whose base is `base` where it does not name
+    it; `output` is models/NAME by default. Quantised weights stay quantised; with `dtype` ("float16",
+    ...) all become floats of that type.
 
     >>> train_model("dpo", model=import_model("Llama-3.2-1B-Instruct-Q4_K_M.gguf"), data="prefs.jsonl")
     """
@@ -332,34 +337,39 @@ def import_model(
     if dtype not in (None, *DTYPES):
         raise SettingsError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
     found = find_source(source)
-    return _import(found, _new_path(output or Path("models") / found.name), dtype)
+    return _import(found, _new_path(output or Path("models") / found.name), dtype, base)
 
 
-def _import(found, path: Path, dtype: str | None = None) -> Path:
+def _import(found, path: Path, dtype: str | None, base: str | None) -> Path:
     """Write what `find_source` found as a folder, by its kind."""
     from mlx_align.importer.folder import import_folder, import_gguf
-    from mlx_align.importer.source import FOLDER, GGUF
+    from mlx_align.importer.peft import import_peft
+    from mlx_align.importer.source import GGUF, PEFT
 
-    importers = {GGUF: import_gguf, FOLDER: import_folder}
-    if found.kind not in importers:
-        raise ModelError(f"{found.path}: adapters of PEFT cannot be imported yet")
-    return importers[found.kind](found, path, dtype)
+    if found.kind == PEFT:
+        if dtype is not None:
+            raise SettingsError("dtype: an adapter stays as it is; only a whole model takes a type")
+        return import_peft(found.path, path, base)
+    write = import_gguf if found.kind == GGUF else import_folder
+    return write(found, path, dtype)
 
 
-def convert_model(source: str | Path, to: str, *, output: str | Path, **options) -> Path:
+def convert_model(
+    source: str | Path, to: str, *, output: str | Path, base: str | None = None, **options
+) -> Path:
     """Write a model in any form that `import_model` takes for other programs; returns the path.
 
-    `to` and `options` are those of `export_model`.
+    `to`, `base` and `options` are those of `export_model`.
     """
     from mlx_align.importer.source import FOLDER, find_source
 
     found, path = find_source(source), _new_path(output)
-    options = {"name": found.name, **options}
+    options["name"] = options.get("name") or found.name
     if found.kind == FOLDER:
         return export_model(found.path, to, output=path, **options)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".import-", dir=path.parent) as folder:
-        imported = _import(found, Path(folder) / found.name)
+        imported = _import(found, Path(folder) / found.name, None, base)
         return export_model(imported, to, output=path, **options)
 
 

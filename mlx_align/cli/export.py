@@ -21,24 +21,19 @@ def commands() -> list[click.Command]:
     return [_export()]
 
 
+def form(values: dict) -> dict:
+    """What `api.export_model` is told besides the source and for which program."""
+    options = {name: value for name, value in values.items() if name not in ("source", "to")}
+    options["base"] = options.pop("model")
+    return options
+
+
 def _export() -> click.Command:
     def run(**values):
         from mlx_align import api
 
         open_console()
-        path = api.export_model(
-            values["source"],
-            values["to"],
-            output=values["output"],
-            quantize=values["quantize"],
-            imatrix=values["imatrix"],
-            calibrate=values["calibrate"],
-            dtype=values["dtype"],
-            name=values["name"],
-            base=values["model"],
-            adapter_only=values["adapter_only"],
-            base_name=values["base_name"],
-        )
+        path = api.export_model(values["source"], values["to"], **form(values))
         click.echo(f"written: {path}")
 
     return SettingsCommand(

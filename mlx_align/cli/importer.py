@@ -4,16 +4,12 @@ import click
 
 from mlx_align.cli import export
 from mlx_align.cli.console import open_console
-from mlx_align.cli.options import SettingsCommand, given, option
+from mlx_align.cli.options import SettingsCommand, base_option, option
 
 SOURCES = (
     "SOURCE is a GGUF file, a model on this machine (ollama:llama3.2:1b, lmstudio:publisher/model), a "
-    "folder of safetensors, or a Hub id."
+    "folder of safetensors, an adapter of PEFT, or a Hub id."
 )
-
-
-# What the export's options say of the form of the result.
-FORM = ("quantize", "dtype", "name")
 
 
 def commands() -> list[click.Command]:
@@ -26,7 +22,12 @@ def _import() -> click.Command:
         from mlx_align import api
 
         open_console()
-        path = api.import_model(values["source"], output=values["output"], dtype=values["dtype"])
+        path = api.import_model(
+            values["source"],
+            output=values["output"],
+            dtype=values["dtype"],
+            base=values["model"],
+        )
         click.echo(f"written: {path}")
         click.echo(f"  train it: mlx-align dpo --model {path} --data FILE")
 
@@ -41,8 +42,9 @@ def _import() -> click.Command:
                 type=click.Choice(["float32", "float16", "bfloat16"]),
                 help="Make all weights floats of this type. Default: quantised weights stay quantised.",
             ),
+            base_option(),
         ],
-        help=f"Make a model folder for MLX of a model in another form.\n\n{SOURCES}",
+        help=f"Make a folder for MLX of a model or adapter in another form.\n\n{SOURCES}",
     )
 
 
@@ -53,8 +55,7 @@ def _convert() -> click.Command:
         from mlx_align import api
 
         open_console()
-        options = given(values, FORM)
-        path = api.convert_model(values["source"], values["to"], output=values["output"], **options)
+        path = api.convert_model(values["source"], values["to"], **export.form(values))
         click.echo(f"written: {path}")
 
     return SettingsCommand(
@@ -63,7 +64,7 @@ def _convert() -> click.Command:
         params=[
             click.Argument(["source"]),
             option("--output", required=True, help="Where to write."),
-            *(param for param in exporter.params if param.name in ("to", *FORM)),
+            *(param for param in exporter.params if param.name not in ("source", "output")),
         ],
         help=f"Write a model in one form in another, without a run.\n\n{SOURCES}",
     )

@@ -23,6 +23,7 @@ from mlx_align.export.architectures import (
     gguf_name,
     interleave,
     language_config,
+    language_model,
     rotated_heads,
 )
 from mlx_align.export.folder import copy_tokenizer
@@ -66,9 +67,9 @@ def export_peft(
     `dtype` is the type of the arrays, by default the one they have. The base of a reward model is
     loaded by `AutoModelForSequenceClassification` with `num_labels=1` and a `pad_token_id`.
     """
-    find_family(loaded, "a PEFT adapter")
     if "text_config" in loaded.config:
         _refuse(loaded, "is on a part of a multimodal model, which has other names in transformers")
+    find_family(loaded, "a PEFT adapter")
     if base_name is None and loaded.quantised:
         log.warning(
             "%s is quantised for MLX, which transformers cannot read: name the model it was made from "
@@ -140,7 +141,7 @@ def export_gguf_adapter(
             _refuse(loaded, f"has an update of {name}, for which GGUF has no place")
         if "m" in layer:
             _refuse(loaded, "wears DoRA magnitudes, which llama.cpp does not know")
-        if "embedding" in layer and HEAD not in loaded.model:
+        if "embedding" in layer and HEAD not in language_model(loaded):
             _refuse(loaded, "has an update of its embedding, which is its head too")
         a, b = layer.lora_a, layer.lora_b.T
         heads = rotated.get(name.rsplit(".", 1)[-1])

@@ -1,4 +1,4 @@
-"""The families of models that can be exported, and what is particular to each.
+"""The families of models that can be exported and imported, and what is particular to each.
 
 For GGUF: the architecture that runs a family in llama.cpp, how its tensors differ from MLX's, the keys
 it reads, and what it computes otherwise than the model, which is refused. For Hugging Face: the names
@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 
 import gguf
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
-from gguf import MODEL_ARCH, GGUFWriter
+from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter
 
 from mlx_align.errors import ExportError
 from mlx_align.export.fuse import Packed, fused_tensors
@@ -23,7 +24,7 @@ from mlx_align.model.load import LoadedModel
 log = logging.getLogger("mlx_align")
 
 # What begins the names of the language model's weights in a multimodal model.
-LANGUAGE = "language_model."
+_PREFIX = "language_model."
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,9 @@ class Family:
 
     `stem` begins the names of transformers' classes, as in LlamaForCausalLM; `classifier` where that
     of the sequence classification differs. `experts` names the projections of an expert as the
-    checkpoints do. `keys` adds a family's own keys, `refusals` names what llama.cpp hard-codes.
+    checkpoints do. `scalings` are the kinds of position scaling that both mlx-lm and llama.cpp compute.
+    `keys` are a family's own, config name -> (GGUF key, what is meant where nothing is said; None where
+    something must be). `refusals` names what llama.cpp hard-codes.
     """
 
     architecture: MODEL_ARCH
@@ -48,48 +51,23 @@ class Family:
     scalings: tuple[str, ...] = ("linear", "yarn")
     window: str = "ignored"  # or "optional": ignored, and off by default; "kept"
     experts: dict[str, str] = field(default_factory=dict)
-    keys: Callable[[GGUFWriter, dict], None] = lambda writer, config: None
+    keys: dict[str, tuple[str, int | float | None]] = field(default_factory=dict)
     refusals: Callable[[dict], Iterator[str]] = lambda config: iter(())
 
 
-def _softcap_keys(writer, config):
-    writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
-    writer.add_final_logit_softcapping(config["final_logit_softcapping"])
-    # mlx-lm has no window, so a config that it wrote may not say; this is what all such models have.
-    writer.add_sliding_window(config.get("sliding_window", 4096))
+# The numbers of layers by which llama.cpp knows the models of 27B.
+_LARGE_GEMMAS = {"gemma2": 46, "gemma3_text": 62}
 
 
-def _gemma3_keys(writer, config):
-    writer.add_sliding_window(config["sliding_window"])
-    writer.add_sliding_window_pattern(config["sliding_window_pattern"])
-    writer.add_rope_freq_base_swa(config["rope_local_base_freq"])
+def gemma_scale(config: dict) -> int:
+    """What llama.cpp takes for a Gemma's query_pre_attn_scalar, of which GGUF says nothing."""
+    if config["num_hidden_layers"] == _LARGE_GEMMAS[config["model_type"]]:
+        return config["hidden_size"] // config["num_attention_heads"]
+    return head_dim(config)
 
 
-def _expert_keys(writer, config):
-    writer.add_expert_count(config["num_local_experts"])
-    writer.add_expert_used_count(config["num_experts_per_tok"])
-    if "moe_intermediate_size" in config:
-        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
-
-
-def _phi3_keys(writer, config):
-    kind, _ = rope_scaling(config)
-    # Without a window the loader reads 0.
-    writer.add_sliding_window(0)
-    if kind == "longrope":
-        original = config["original_max_position_embeddings"]
-        writer.add_rope_scaling_orig_ctx_len(original)
-        factor = config["max_position_embeddings"] / original
-        # LongRoPE (Ding et al. 2024, arXiv:2402.13753): longer contexts sharpen attention.
-        sharper = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-        writer.add_rope_scaling_attn_factors(sharper)
-
-
-def _gemma_refusals(config, large):
-    """`large` is the number of layers by which llama.cpp knows the 27B model."""
-    heads = config["num_attention_heads"]
-    width = config["hidden_size"] // heads
-    scale = width if config["num_hidden_layers"] == large else head_dim(config)
+def _gemma_refusals(config):
+    scale = gemma_scale(config)
     if config["query_pre_attn_scalar"] != scale:
         yield f"query_pre_attn_scalar {config['query_pre_attn_scalar']} (it takes {scale})"
     if config.get("use_bidirectional_attention"):
@@ -97,12 +75,12 @@ def _gemma_refusals(config, large):
 
 
 def _gemma2_refusals(config):
-    yield from _gemma_refusals(config, large=46)
+    yield from _gemma_refusals(config)
     yield from _period_refusals(config, 2)
 
 
 def _gemma3_refusals(config):
-    yield from _gemma_refusals(config, large=62)
+    yield from _gemma_refusals(config)
     yield from _period_refusals(config, config["sliding_window_pattern"])
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         if config.get(name):
@@ -130,6 +108,8 @@ def _smollm3_refusals(config):
 
 
 _LLAMA = {"architecture": MODEL_ARCH.LLAMA, "interleaved": True}
+_EXPERTS_USED = {"num_experts_per_tok": ("expert_used_count", None)}
+_WINDOW = "attention.sliding_window"
 _GEMMA = {"norm_offset": 1.0, "activation": "gelu_pytorch_tanh", "window": "kept"}
 FAMILIES = {
     "llama": Family(**_LLAMA, stem="Llama", biases=True, scalings=("linear", "yarn", "llama3")),
@@ -140,7 +120,7 @@ FAMILIES = {
         fixed_head_dim=True,
         scalings=(),
         experts={"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"},
-        keys=_expert_keys,
+        keys={"num_local_experts": ("expert_count", None), **_EXPERTS_USED},
     ),
     "qwen2": Family(MODEL_ARCH.QWEN2, "Qwen2", fixed_head_dim=True, window="optional"),
     "qwen3": Family(MODEL_ARCH.QWEN3, "Qwen3", window="optional"),
@@ -149,7 +129,11 @@ FAMILIES = {
         "Qwen3Moe",
         window="optional",
         scalings=(),
-        keys=_expert_keys,
+        keys={
+            "num_experts": ("expert_count", None),
+            "moe_intermediate_size": ("expert_feed_forward_length", None),
+            **_EXPERTS_USED,
+        },
         refusals=_qwen3_moe_refusals,
     ),
     "gemma2": Family(
@@ -157,7 +141,12 @@ FAMILIES = {
         "Gemma2",
         **_GEMMA,
         scalings=(),
-        keys=_softcap_keys,
+        keys={
+            "attn_logit_softcapping": ("attn_logit_softcapping", 50.0),
+            "final_logit_softcapping": ("final_logit_softcapping", 30.0),
+            # mlx-lm has no window, so a config that it wrote may not say.
+            "sliding_window": (_WINDOW, 4096),
+        },
         refusals=_gemma2_refusals,
     ),
     "gemma3_text": Family(
@@ -166,7 +155,11 @@ FAMILIES = {
         classifier="Gemma3Text",
         **_GEMMA,
         scalings=("linear",),
-        keys=_gemma3_keys,
+        keys={
+            "sliding_window": (_WINDOW, 1024),
+            "sliding_window_pattern": (f"{_WINDOW}_pattern", 6),
+            "rope_local_base_freq": ("rope.freq_base_swa", 10000.0),
+        },
         refusals=_gemma3_refusals,
     ),
     "phi3": Family(
@@ -175,7 +168,7 @@ FAMILIES = {
         fixed_head_dim=True,
         partial_rotary=True,
         scalings=("linear", "longrope"),
-        keys=_phi3_keys,
+        keys={"sliding_window": (_WINDOW, 0)},
     ),
     "smollm3": Family(
         MODEL_ARCH.SMOLLM3,
@@ -201,18 +194,22 @@ def find_family(loaded: LoadedModel, what: str) -> Family:
     return FAMILIES[kind]
 
 
+def language_model(loaded: LoadedModel) -> nn.Module:
+    """The language model of a multimodal model, or the model itself."""
+    return loaded.model.get("language_model", loaded.model)
+
+
 def language_config(loaded: LoadedModel) -> dict:
     """The language model's config, with what mlx-lm assumes where config.json says nothing."""
-    model = loaded.model.get("language_model", loaded.model)
     config = loaded.config.get("text_config") or loaded.config
     given = {key: value for key, value in config.items() if value is not None}
-    return {**vars(model.args), **given, "vocab_size": loaded.vocabulary}
+    return {**vars(language_model(loaded).args), **given, "vocab_size": loaded.vocabulary}
 
 
 def hugging_face_tensors(loaded: LoadedModel, family: Family) -> Iterator[tuple[str, mx.array]]:
     """(name, array) of every weight as transformers names it; experts one by one."""
     for name, array in fused_tensors(loaded.model):
-        name = name.removeprefix(LANGUAGE)
+        name = name.removeprefix(_PREFIX)
         if "score" in loaded.model and name.startswith("lm_head."):
             # A reward model has another head.
             continue
@@ -257,7 +254,7 @@ def gguf_tensors(
 
 def gguf_name(names: gguf.TensorNameMap, name: str) -> str | None:
     """GGUF's name for a weight or layer of mlx-lm's, which stacks experts in a module of their own."""
-    stacked = re.sub(r"\.\w+\.switch_mlp\.", ".mlp.experts.", name.removeprefix(LANGUAGE))
+    stacked = re.sub(r"\.\w+\.switch_mlp\.", ".mlp.experts.", name.removeprefix(_PREFIX))
     return names.get_name(stacked, try_suffixes=(".weight", ".bias"))
 
 
@@ -348,7 +345,20 @@ def write_hyperparameters(writer: GGUFWriter, family: Family, config: dict) -> N
     if kind == "yarn":
         original = scaling.get("original_max_position_embeddings")
         writer.add_rope_scaling_orig_ctx_len(original or config["max_position_embeddings"])
-    family.keys(writer, config)
+    elif kind == "longrope":
+        original = config["original_max_position_embeddings"]
+        writer.add_rope_scaling_orig_ctx_len(original)
+        factor = config["max_position_embeddings"] / original
+        # LongRoPE (Ding et al. 2024, arXiv:2402.13753): longer contexts sharpen attention.
+        sharper = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+        writer.add_rope_scaling_attn_factors(sharper)
+    for name, (key, default) in family.keys.items():
+        value = config.get(name, default)
+        key = f"{MODEL_ARCH_NAMES[family.architecture]}.{key}"
+        if isinstance(default, float):
+            writer.add_float32(key, value)
+        else:
+            writer.add_uint32(key, value)
 
 
 def check_config(loaded: LoadedModel, family: Family, config: dict) -> None:

@@ -13,7 +13,12 @@ import mlx.core as mx
 
 from mlx_align.data.template import added_tokens
 from mlx_align.errors import ExportError
-from mlx_align.export.architectures import Family, find_family, hugging_face_tensors
+from mlx_align.export.architectures import (
+    Family,
+    find_family,
+    hugging_face_tensors,
+    language_model,
+)
 from mlx_align.export.fuse import fused_tensors
 from mlx_align.files import new_folder, write_json
 from mlx_align.model.config import normalise_config
@@ -99,9 +104,11 @@ def _transformers_config(loaded: LoadedModel, family: Family, config: dict) -> d
     if "text_config" in config:
         shared = {key: config[key] for key in _SHARED if key in config}
         config = {**config["text_config"], **shared}
-    model = loaded.model.get("language_model", loaded.model)
     # Where these are not said, each class of transformers has its own idea of them.
-    config |= {"vocab_size": loaded.vocabulary, "tie_word_embeddings": "lm_head" not in model}
+    config |= {
+        "vocab_size": loaded.vocabulary,
+        "tie_word_embeddings": "lm_head" not in language_model(loaded),
+    }
     for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
         config.setdefault(token, getattr(loaded.tokenizer, token, None))
     config["architectures"] = [f"{family.stem}ForCausalLM"]

@@ -46,7 +46,7 @@ def quantise_tensor(
     `ExportError` with the tensor's name where weights are not finite or too large for the type.
     """
     width = values.shape[-1]
-    rows = values.reshape(-1, width)
+    rows = np.ascontiguousarray(values).reshape(-1, width)
     if importance is not None:
         importance = importance.reshape(-1, width).astype(np.float32, copy=False)
     owner = len(rows) // (1 if importance is None else len(importance))

@@ -14,99 +14,30 @@ import gguf
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from gguf import MODEL_ARCH_NAMES
 from mlx.utils import tree_flatten
 
 from mlx_align.errors import ModelError
-from mlx_align.export.architectures import llama3_factors
+from mlx_align.export.architectures import (
+    FAMILIES,
+    gemma_scale,
+    gguf_name,
+    llama3_factors,
+    rotated_heads,
+)
 from mlx_align.importer.gguf_file import GGUFFile, Tensor
 from mlx_align.model.config import normalise_config
 
 log = logging.getLogger("mlx_align")
 
 
-@dataclass(frozen=True)
-class Family:
-    """One of GGUF's architectures in mlx-lm.
-
-    `keys` gives, besides what all share, config names -> (GGUF key, default; None where the file must
-    say), `constants` what GGUF leaves unsaid. `paired`: the rows of q and k stand in the pairs that
-    llama.cpp rotates. `shifted`: norms are stored plus one. `scalings`: the kinds of rope scaling
-    that mlx-lm computes.
-    """
-
-    model_type: str
-    class_name: str
-    keys: dict
-    constants: dict
-    paired: bool = False
-    shifted: bool = False
-    scalings: tuple[str, ...] = ("linear", "yarn", "llama3")
-
-
-_SILU = {"hidden_act": "silu"}
-_GELU = {"hidden_activation": "gelu_pytorch_tanh", "hidden_act": "gelu_pytorch_tanh"}
-_EXPERTS = {"num_experts_per_tok": ("expert_used_count", None)}
-FAMILIES = {
-    "llama": Family("llama", "LlamaForCausalLM", {}, _SILU, paired=True),
-    "mixtral": Family(
-        "mixtral",
-        "MixtralForCausalLM",
-        {"num_local_experts": ("expert_count", None), **_EXPERTS},
-        _SILU,
-        paired=True,
-        scalings=(),
-    ),
-    "qwen2": Family("qwen2", "Qwen2ForCausalLM", {}, _SILU),
-    "qwen3": Family("qwen3", "Qwen3ForCausalLM", {}, _SILU),
-    "qwen3moe": Family(
-        "qwen3_moe",
-        "Qwen3MoeForCausalLM",
-        {
-            "num_experts": ("expert_count", None),
-            "moe_intermediate_size": ("expert_feed_forward_length", None),
-            **_EXPERTS,
-        },
-        {**_SILU, "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True},
-    ),
-    "gemma2": Family(
-        "gemma2",
-        "Gemma2ForCausalLM",
-        {
-            "attn_logit_softcapping": ("attn_logit_softcapping", 50.0),
-            "final_logit_softcapping": ("final_logit_softcapping", 30.0),
-            "sliding_window": ("attention.sliding_window", 4096),
-        },
-        _GELU,
-        shifted=True,
-        scalings=(),
-    ),
-    "gemma3": Family(
-        "gemma3_text",
-        "Gemma3ForCausalLM",
-        {
-            "sliding_window": ("attention.sliding_window", 1024),
-            "sliding_window_pattern": ("attention.sliding_window_pattern", 6),
-            "rope_local_base_freq": ("rope.freq_base_swa", 10000.0),
-        },
-        _GELU,
-        shifted=True,
-        scalings=("linear",),
-    ),
-    "phi3": Family(
-        "phi3",
-        "Phi3ForCausalLM",
-        {"sliding_window": ("attention.sliding_window", 0)},
-        _SILU,
-        scalings=("longrope",),
-    ),
-    "smollm3": Family(
-        "smollm3", "SmolLM3ForCausalLM", {}, {**_SILU, "no_rope_layer_interval": 4}, paired=True
-    ),
-    "olmo2": Family("olmo2", "Olmo2ForCausalLM", {}, _SILU),
+# GGUF's architectures, and the model type as which mlx-lm computes each.
+TYPES = {MODEL_ARCH_NAMES[family.architecture]: kind for kind, family in reversed(FAMILIES.items())}
+# What the configs say and GGUF leaves unsaid.
+_UNSAID = {
+    "qwen3_moe": {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True},
+    "smollm3": {"no_rope_layer_interval": 4},
 }
-# The two largest Gemmas scale attention by hidden size / heads, the others by the head's dimension;
-# GGUF does not say so, llama.cpp goes by the number of layers.
-_GEMMA_LAYERS = {"gemma2": 46, "gemma3_text": 62}
 MOST_LAYERS = 1024
 # Tensors of a vision model that some files carry besides the text model.
 _VISION = ("v.", "mm.")
@@ -115,12 +46,12 @@ _VISION = ("v.", "mm.")
 @dataclass(frozen=True, eq=False)
 class Place:
     """Where a tensor goes: the parameter `path` of the MLX model. `heads` is the number of heads whose
-    rows stand in pairs, `shifted` says that one was added, `packable` that MLX can hold it packed."""
+    rows stand in pairs, `offset` was added to its values, `packable` says that MLX can hold it packed."""
 
     path: str
     tensor: Tensor
     heads: int | None
-    shifted: bool
+    offset: float
     packable: bool
 
     @property
@@ -129,8 +60,11 @@ class Place:
         return self.path.rsplit(".", 1)[0]
 
 
-def find_family(file: GGUFFile) -> Family:
-    """The family of a file. Raises `ModelError` where it holds no language model that is known."""
+def find_type(file: GGUFFile) -> str:
+    """The model type of a file, one of `FAMILIES`.
+
+    Raises `ModelError` where it holds no language model that is known.
+    """
     architecture = file.text("general.architecture")
     holds = file.text("general.type", "model")
     if holds != "model" or not file.tensors:
@@ -142,18 +76,23 @@ def find_family(file: GGUFFile) -> Family:
             "FIRST_PART OUTPUT"
         )
     if architecture == "llama" and file.integer("llama.expert_count", 0):
-        architecture = "mixtral"
-    if architecture not in FAMILIES:
-        known = ", ".join(FAMILIES)
+        return "mixtral"
+    if architecture not in TYPES:
+        known = ", ".join(sorted(TYPES))
         raise ModelError(
             f"{file.path}: models of type {architecture!r} cannot be imported from GGUF yet; those that "
             f"can: {known}. Many others can be had as safetensors from the Hub"
         )
-    return FAMILIES[architecture]
+    return TYPES[architecture]
 
 
-def read_config(file: GGUFFile, family: Family) -> dict:
-    """The config.json of a file's model, in the spellings of transformers 4 and 5."""
+def read_config(file: GGUFFile) -> dict:
+    """The config.json of a file's model, in the spellings of transformers 4 and 5.
+
+    Raises `ModelError` as `find_type` does, and where the keys make no model.
+    """
+    kind = find_type(file)
+    family = FAMILIES[kind]
     architecture = file.text("general.architecture")
     # No size can be larger than the largest side of a tensor; that bounds what a bad key can ask for.
     largest = min(2**31 - 1, max(max(t.shape) for t in file.tensors.values()))
@@ -168,8 +107,8 @@ def read_config(file: GGUFFile, family: Family) -> dict:
     heads, hidden = size("attention.head_count"), size("embedding_length")
     head_dim = size("attention.key_length", hidden // heads)
     config = {
-        "model_type": family.model_type,
-        "architectures": [family.class_name],
+        "model_type": kind,
+        "architectures": [f"{family.stem}ForCausalLM"],
         "vocab_size": embedding.shape[0],
         "hidden_size": hidden,
         "intermediate_size": size("feed_forward_length"),
@@ -182,7 +121,8 @@ def read_config(file: GGUFFile, family: Family) -> dict:
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
-        **family.constants,
+        "hidden_act": family.activation,
+        **_UNSAID.get(kind, {}),
     }
     for name, (key, default) in family.keys.items():
         if default is None:
@@ -191,9 +131,9 @@ def read_config(file: GGUFFile, family: Family) -> dict:
             config[name] = file.integer(f"{architecture}.{key}", default) or None
         else:
             config[name] = number(key, default)
-    if family.shifted:
-        whole = config["num_hidden_layers"] == _GEMMA_LAYERS[family.model_type]
-        config["query_pre_attn_scalar"] = hidden // heads if whole else head_dim
+    if kind.startswith("gemma"):
+        config["hidden_activation"] = family.activation
+        config["query_pre_attn_scalar"] = gemma_scale(config)
     # Ollama's converter writes Gemma 3's frequencies under names of its own.
     config["rope_theta"] = number("rope.freq_base", number("rope.global.freq_base", 10000.0))
     local = number("rope.local.freq_base", None)
@@ -218,7 +158,7 @@ def _add_rope(config, file, architecture, family) -> None:
     dim, context = config["head_dim"], config["max_position_embeddings"]
     rotated = file.integer(key("dimension_count"), dim, least=2, most=dim)
     original = file.integer(key("scaling.original_context_length"), context, least=1)
-    if family.model_type == "phi3":
+    if family.partial_rotary:
         config["original_max_position_embeddings"] = original
         config["partial_rotary_factor"] = rotated / dim
     elif rotated != dim:
@@ -247,7 +187,7 @@ def _add_rope(config, file, architecture, family) -> None:
     kind = scaling.get("rope_type", kind)
     if kind not in family.scalings:
         raise ModelError(
-            f"{file.path}: scales positions by {kind!r}, which mlx-lm does not for {family.model_type}"
+            f"{file.path}: scales positions by {kind!r}, which mlx-lm does not for {config['model_type']}"
         )
     config["rope_scaling"] = {**scaling, "rope_type": kind, "type": kind}
 
@@ -291,22 +231,21 @@ def _llama3_scaling(config: dict, tensor: Tensor, file: GGUFFile) -> dict | None
     return scaling
 
 
-def place_tensors(file: GGUFFile, family: Family, config: dict) -> list[Place]:
+def place_tensors(file: GGUFFile, config: dict) -> list[Place]:
     """Every parameter of the model with its tensor, in the file's order.
 
     Raises `ModelError` with what is missing, misshapen or left over.
     """
-    model = _one_layer(config, file)
-    architecture = getattr(gguf.MODEL_ARCH, file.text("general.architecture").upper())
-    names = gguf.get_tensor_name_map(architecture, 1)
+    model, family = _one_layer(config, file), FAMILIES[config["model_type"]]
+    names = gguf.get_tensor_name_map(family.architecture, 1)
     left = {name for name in file.tensors if not name.startswith(("rope_f", *_VISION))}
-    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    heads = rotated_heads(family, config)
     places, problems = [], []
     for path, parameter in tree_flatten(model.parameters()):
         if path == "lm_head.weight" and config["tie_word_embeddings"]:
             continue
         layer = path.split(".")[-2]
-        for own_path, name in _in_all_layers(path, _gguf_name(names, path), config):
+        for own_path, name in _in_all_layers(path, gguf_name(names, path) or path, config):
             tensor = file.tensors.get(name)
             left.discard(name)
             if tensor is None:
@@ -318,8 +257,8 @@ def place_tensors(file: GGUFFile, family: Family, config: dict) -> list[Place]:
                     Place(
                         own_path,
                         tensor,
-                        heads.get(layer) if family.paired else None,
-                        family.shifted and layer.endswith("norm"),
+                        heads.get(layer),
+                        family.norm_offset if layer.endswith("norm") else 0.0,
                         path.endswith(".weight") and _packable(model, path),
                     )
                 )
@@ -340,14 +279,6 @@ def _one_layer(config: dict, file: GGUFFile) -> nn.Module:
         return module.Model(module.ModelArgs.from_dict({**config, "num_hidden_layers": 1}))
     except (ValueError, TypeError, ZeroDivisionError, OverflowError) as error:
         raise ModelError(f"{file.path}: its keys do not make a model: {error}") from None
-
-
-def _gguf_name(names, path: str) -> str:
-    # mlx-lm stacks experts in a module of its own.
-    known = path.replace("block_sparse_moe.switch_mlp", "mlp.experts").replace(
-        "mlp.switch_mlp", "mlp.experts"
-    )
-    return names.get_name(known, try_suffixes=(".weight", ".bias")) or path
 
 
 def _in_all_layers(path: str, name: str, config: dict) -> Iterator[tuple[str, str]]:

@@ -3,7 +3,6 @@
 A folder gets its name only when it is complete and mlx-lm can load it.
 """
 
-import contextlib
 import logging
 import os
 import shutil
@@ -19,7 +18,6 @@ from mlx_align.export.folder import TOKENIZER_FILES, export_folder, write_shards
 from mlx_align.files import new_folder, write_json
 from mlx_align.importer.architecture import (
     Place,
-    find_family,
     place_tensors,
     read_config,
     shares_of_kinds,
@@ -45,16 +43,15 @@ def import_gguf(source: Source, output: Path, dtype: str | None = None) -> Path:
     Raises `ModelError` where the file is damaged or its model is not one that MLX computes alike.
     """
     file = GGUFFile(source.path)
-    family = find_family(file)
-    config = read_config(file, family)
+    config = read_config(file)
     tokenizer = read_tokenizer(file)
     size = tokenizer.tokenizer.get_vocab_size()
     if size != config["vocab_size"]:
         raise ModelError(f"{file.path}: has {size} tokens and {config['vocab_size']} embeddings")
-    places = place_tensors(file, family, config)
+    places = place_tensors(file, config)
     kinds = shares_of_kinds(file)
     conversion = Conversion(DTYPES[dtype] if dtype else None, float_type(max(kinds, key=kinds.get)))
-    with _writing(output) as folder:
+    with new_folder(output) as folder:
         try:
             write_shards(folder, conversion.tensors(places), "mlx")
         except ModelError as error:
@@ -65,7 +62,7 @@ def import_gguf(source: Source, output: Path, dtype: str | None = None) -> Path:
         }
         config = {**config, **ids, "torch_dtype": name, "dtype": name, **conversion.quantization()}
         write_json(folder / "config.json", config)
-        _write_tokenizer(folder, tokenizer)
+        write_tokenizer(folder, tokenizer)
         write_json(folder / "generation_config.json", _generation(source, tokenizer, ids))
         _look_at_layers(source, tokenizer, folder)
         _check(folder)
@@ -107,9 +104,9 @@ class Conversion:
                 yield path, split_halves(array, place.heads) if place.heads else array
 
     def _floats_of(self, place: Place) -> tuple[mx.array, str]:
-        tensor, offset = place.tensor, 1.0 if place.shifted else 0.0
+        tensor, offset = place.tensor, place.offset
         as_stored = is_plain(tensor.kind) and float_type(tensor.kind) == self.floats
-        if not place.shifted and (as_stored or self._dtype is not None):
+        if not offset and (as_stored or self._dtype is not None):
             array = to_floats(tensor, self.floats)
         else:
             stored = to_floats(tensor, mx.float32)
@@ -146,7 +143,8 @@ def _name(dtype: mx.Dtype) -> str:
     return str(dtype).removeprefix("mlx.core.")
 
 
-def _write_tokenizer(folder: Path, tokenizer: ImportedTokenizer) -> None:
+def write_tokenizer(folder: Path, tokenizer: ImportedTokenizer) -> None:
+    """Write the files of a tokenizer and its chat template."""
     tokenizer.tokenizer.save(str(folder / "tokenizer.json"))
     template = tokenizer.template
     if template:
@@ -204,7 +202,7 @@ def import_folder(source: Source, output: Path, dtype: str | None = None) -> Pat
         return export_folder(
             load_model(str(source.path), STORED), output, flavour="mlx", dtype=dtype
         )
-    with _writing(output) as folder:
+    with new_folder(output) as folder:
         for pattern in (*TOKENIZER_FILES, "generation_config.json", INDEX, "LICENSE*"):
             for file in source.path.glob(pattern):
                 shutil.copyfile(file, folder / file.name)
@@ -227,15 +225,6 @@ def _check_index(folder: Path, files: list[Path]) -> None:
             f"{folder / INDEX}: names {strange[0]!r}, which is no weight file beside it; was the model "
             "fetched as a whole?"
         )
-
-
-@contextlib.contextmanager
-def _writing(output: Path) -> Iterator[Path]:
-    try:
-        with new_folder(output) as folder:
-            yield folder
-    except OSError as error:
-        raise ModelError(f"{output}: cannot be written: {error.strerror or error}") from None
 
 
 def _check(folder: Path) -> None:

@@ -39,6 +39,7 @@ from mlx_align.model.adapter import (
     read_adapter_config,
     wear_adapter,
 )
+from mlx_align.model.files import check_safetensors
 from mlx_align.model.heads import RewardHead
 from mlx_align.model.load import load_tokenizer, load_weights, resolve_model
 from mlx_align.model.open import TEMPLATE
@@ -92,13 +93,6 @@ class Factors:
         scale = alpha / (math.sqrt(rank) if self.settings.use_rslora else rank)
         # Without the rounding noise of an alpha that was made from a scale.
         return float(f"{scale:.12g}")
-
-
-def is_peft_adapter(folder: Path) -> bool:
-    """Whether a folder is an adapter as PEFT saves it."""
-    return (folder / CONFIG).is_file() and any(
-        (folder / name).is_file() for name in (PEFT_WEIGHTS, PICKLE)
-    )
 
 
 def import_peft(folder: Path, output: Path, base: str | None = None) -> Path:
@@ -189,11 +183,11 @@ def _read_arrays(folder) -> tuple[dict[str, dict[str, mx.array]], dict[str, mx.a
                 "adapter as safetensors (in PEFT: save_pretrained with safe_serialization=True)"
             )
         raise ModelError(f"{folder}: not a complete adapter (it has no {PEFT_WEIGHTS})")
+    check_safetensors(path)
     try:
         arrays = mx.load(str(path))
-        mx.eval(arrays)
-    except (RuntimeError, ValueError) as error:
-        raise ModelError(f"{path}: not a readable safetensors file: {error}") from None
+    except RuntimeError as error:
+        raise ModelError(f"{path}: cannot be read: {error}") from None
     updates, saved = defaultdict(dict), {}
     for full_name, array in arrays.items():
         name = full_name.removeprefix(PEFT_PREFIX)

@@ -28,38 +28,10 @@ from mlx_align.importer.gguf_file import GGUFFile
 
 log = logging.getLogger("mlx_align")
 
-_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_WORDS = r"[^\r\n\p{L}\p{N}]?"
-_END = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_TEKKEN = rf"{_WORDS}{_UPPER}*{_LOWER}+|{_WORDS}{_UPPER}+{_LOWER}*|\p{{N}}{_END}"
-_GPT4O = (
-    rf"{_WORDS}{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|{_WORDS}{_UPPER}+{_LOWER}*{_CONTRACTIONS}?"
-    rf"|\p{{N}}{{1,3}}{_END}"
-)
-_DEEPSEEK3 = (
-    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
-    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 # llama.cpp's names for ways of cutting text, in the words of `PRE_TOKENIZERS`: the steps, and whether
 # merges are skipped for whole words. For tekken and gpt-4o these are the models' own expressions;
 # llama.cpp's cut some letters with marks otherwise.
-WAYS = {
-    **{name: way for way, name in PRE_TOKENIZERS.items()},
-    "tekken": ((f"split {_TEKKEN}", "bytes"), True),
-    "gpt-4o": ((f"split {_GPT4O}", "bytes"), False),
-    "deepseek-coder": (
-        (
-            "split [\r\n]", r"split \s?\p{L}+", r"split \s?\p{P}+", "split [一-龥ࠀ-一가-퟿]+",
-            "digits single", "bytes",
-        ),
-        False,
-    ),
-    "deepseek-v3": (
-        (r"split \p{N}{1,3}", "split [一-龥぀-ゟ゠-ヿ]+", f"split {_DEEPSEEK3}", "bytes"),
-        False,
-    ),
-}  # fmt: skip
+WAYS = {name: way for way, name in PRE_TOKENIZERS.items()}
 _ALSO = {
     "llama-bpe": ("llama3", "llama-v3", "falcon3", "pixtral", "lfm2"),
     "dbrx": ("smaug-bpe", "chatglm-bpe"),

@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_align.data.jsonl import summarise
 from mlx_align.errors import ModelError, SettingsError
 from mlx_align.files import write_atomically
+from mlx_align.model.files import read_json
 from mlx_align.settings import Settings, setting
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
@@ -308,16 +309,9 @@ def _adapted(base, settings: AdapterSettings):
 
 def read_adapter_config(folder: Path) -> dict:
     """The adapter_config.json of an adapter folder."""
-    path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{folder}: not an adapter (it has no {CONFIG})") from None
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{path}: not a JSON object")
-    return config
+    if not (folder / CONFIG).is_file():
+        raise ModelError(f"{folder}: not an adapter (it has no {CONFIG})")
+    return read_json(folder / CONFIG)
 
 
 def load_adapter(model: nn.Module, folder: Path) -> Adapter:

@@ -102,6 +102,8 @@ def resolve_model(name: str | Path, patterns: Sequence[str] = (*TEXTS, *WEIGHTS)
     path = Path(name).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         raise ModelError(f"{name}: a GGUF file; make a model folder of it: mlx-align import {name}")
+    if (path / "adapter_model.safetensors").is_file():
+        raise ModelError(f"{name}: an adapter of PEFT; make one of MLX: mlx-align import {name}")
     if path.exists():
         if not (path / "config.json").is_file():
             raise ModelError(f"{name}: not a model folder (it has no config.json)")

@@ -3,7 +3,6 @@
 import ctypes
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import urllib.request
@@ -14,6 +13,8 @@ import gguf
 import numpy as np
 import pytest
 
+SERVER = str(Path(__file__).with_name("serve_gguf.py"))
+
 
 class Server:
     """A server of one file, and an adapter on it, in a process of its own that is killed: in ours,
@@ -23,7 +24,7 @@ class Server:
         if importlib.util.find_spec("xllamacpp") is None:
             pytest.skip("GGUF files are run where xllamacpp is installed")
         process = subprocess.Popen(
-            [sys.executable, __file__, *map(str, filter(None, (path, adapter)))],
+            [sys.executable, SERVER, *map(str, filter(None, (path, adapter)))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -76,28 +77,6 @@ def _stop(process):
     process.communicate()
 
 
-def serve(path, adapter=None):
-    """Load the files, write the address to standard output, and serve until standard input ends."""
-    import xllamacpp
-
-    params = xllamacpp.CommonParams()
-    params.model.path = path
-    params.n_ctx = 512
-    params.n_parallel = 1
-    params.cpuparams.n_threads = 2
-    params.verbosity = -1
-    # Full precision everywhere, so that differences are the file's.
-    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    if adapter is not None:
-        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(adapter, 1.0)]
-    server = xllamacpp.Server(params)
-    sys.stdout.write(server.listening_address + "\n")
-    sys.stdout.flush()
-    sys.stdin.read()
-    os._exit(0)
-
-
 def reference_blocks(values, kind, importance=None):
     """llama.cpp's own blocks of float32[rows, width], uint8[rows, bytes]."""
     xllamacpp = pytest.importorskip(
@@ -121,7 +100,3 @@ def reference_blocks(values, kind, importance=None):
     address = None if weights is None else weights.ctypes.data
     quantise(int(kind), values.ctypes.data, out.ctypes.data, 0, rows, width, address)
     return out
-
-
-if __name__ == "__main__":
-    serve(*sys.argv[1:])

@@ -8,11 +8,13 @@ import tiny
 from llama_cpp import Server
 from test_gguf import TEXTS
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from vocabulary_files import write_rebuilt
 
 from mlx_align.errors import ExportError
 from mlx_align.export.gguf import export_gguf
 from mlx_align.export.vocabulary import read_vocabulary
+from mlx_align.importer.folder import write_tokenizer
+from mlx_align.importer.gguf_file import GGUFFile
+from mlx_align.importer.tokenizer import read_tokenizer
 from mlx_align.model.load import load_model
 
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
@@ -252,8 +254,11 @@ def test_other_sentencepiece_tokenizers_are_refused(sentencepiece_model, tmp_pat
 @pytest.mark.parametrize("name", ["gpt-2", "llama-bpe", "llama-spm", "phi-3", "qwen2"])
 def test_published_vocabularies_give_the_published_ids(shared, tmp_path, name):
     file = shared(f"vocab/ggml-vocab-{name}.gguf")
-    size = write_rebuilt(file, tmp_path)
-    loaded = load_model(str(_random_model(tmp_path, size)))
+    tokenizer = read_tokenizer(GGUFFile(file))
+    size, shape = tokenizer.tokenizer.get_vocab_size(), {"hidden_size": 32, "intermediate_size": 32}
+    tiny.make_model(tmp_path, "llama", vocab_size=size, **shape)
+    write_tokenizer(tmp_path, tokenizer)
+    loaded = load_model(str(tmp_path))
     server = Server(export_gguf(loaded, tmp_path / "m.gguf"))
     texts = file.with_name(file.name + ".inp").read_text(encoding="utf-8")
     ids = file.with_name(file.name + ".out").read_text().splitlines()
@@ -269,13 +274,3 @@ def test_published_vocabularies_give_the_published_ids(shared, tmp_path, name):
         if text:
             own = list(loaded.tokenizer.encode(text))
             assert server.tokenize(text, add_special=True) == own, text
-
-
-def _random_model(folder, size):
-    """The smallest Llama with so many tokens, beside the tokenizer in the folder."""
-    files = [(f, (folder / f).read_bytes()) for f in ("tokenizer.json", "tokenizer_config.json")]
-    shape = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 32}
-    tiny.make_model(folder, "llama", vocab_size=size, **shape)
-    for name, data in files:
-        (folder / name).write_bytes(data)
-    return folder

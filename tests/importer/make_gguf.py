@@ -1,13 +1,12 @@
 """GGUF files of every family and type, written with the `gguf` package and not by our own export."""
 
-import ctypes
 import re
 
 import gguf
 import mlx.core as mx
 import numpy as np
-import pytest
 from gguf import GGMLQuantizationType as Kind
+from llama_cpp import reference_blocks
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_align.export.architectures import rope_factors
@@ -136,21 +135,6 @@ def encode(values, kind):
     try:
         return gguf.quants.quantize(values, kind)
     except NotImplementedError:
-        return _quantise_by_llama_cpp(values, kind)
-
-
-def _quantise_by_llama_cpp(values, kind):
-    module = pytest.importorskip("xllamacpp.xllamacpp", reason="K types are made by llama.cpp")
-    quantise = ctypes.CDLL(module.__file__).ggml_quantize_chunk
-    quantise.restype = ctypes.c_size_t
-    width = values.shape[-1]
-    block, size = gguf.GGML_QUANT_SIZES[kind]
-    values = np.ascontiguousarray(values, np.float32)
-    weights = np.ones(width, np.float32)
-    data = np.zeros((*values.shape[:-1], width // block * size), np.uint8)
-    number, pointer = ctypes.c_int64, ctypes.c_void_p
-    quantise(
-        ctypes.c_int(int(kind)), pointer(values.ctypes.data), pointer(data.ctypes.data), number(0),
-        number(values.size // width), number(width), pointer(weights.ctypes.data),
-    )  # fmt: skip
-    return data
+        width = values.shape[-1]
+        blocks = reference_blocks(values.reshape(-1, width), kind, np.ones(width))
+        return blocks.reshape(*values.shape[:-1], -1)

@@ -10,8 +10,9 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 from mlx_align import api
-from mlx_align.errors import ModelError
-from mlx_align.importer.peft import import_peft, is_peft_adapter
+from mlx_align.errors import AlignError, ModelError, SettingsError
+from mlx_align.export.gguf import export_gguf
+from mlx_align.importer.peft import import_peft
 from mlx_align.model.adapter import settings_of_adapter
 from mlx_align.model.open import open_model
 from mlx_align.model.reward import open_reward_model
@@ -44,11 +45,17 @@ def saved_by_peft(peft, base, folder, *, kind="AutoModelForCausalLM", options=No
         return model.eval()(torch.tensor(TOKENS)).logits.numpy()
 
 
+# What transformers needs the configs of bases to say.
+BASES = {"mistral": {"sliding_window": None}, "phi3": {"pad_token_id": 0}}
 MADE = {
     "lora": ("llama", {"target_modules": ["q_proj", "down_proj"]}),
     "biases": ("llama-biased", {"target_modules": "all-linear"}),
     "qwen3": ("qwen3", {"target_modules": "all-linear"}),
     "mistral": ("mistral", {"target_modules": "all-linear", "lora_dropout": 0.1}),
+    "phi3": ("phi3", {"target_modules": "all-linear"}),
+    "tied embedding, scaled": (
+        "gemma3_text", {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}
+    ),
     "rslora": ("qwen2", {"target_modules": "all-linear", "use_rslora": True}),
     "dora": ("qwen2", {"target_modules": "all-linear", "use_dora": True}),
     "ranks and alphas": (
@@ -97,11 +104,9 @@ def test_what_peft_made_computes_the_same(peft, model_folder, tmp_path, case):
     import mlx_lm
 
     family, settings = MADE[case]
-    base = model_folder(family, **({"sliding_window": None} if family == "mistral" else {}))
+    base = model_folder(family, **BASES.get(family, {}))
     expected = saved_by_peft(peft, base, tmp_path / "peft", task_type="CAUSAL_LM", **settings)
-    assert is_peft_adapter(tmp_path / "peft")
     out = import_peft(tmp_path / "peft", tmp_path / "mlx")
-    assert not is_peft_adapter(out)
     loaded, adapter = open_model(out)
     loaded.model.eval()
     # A random update of the embedding makes logits of several hundred.
@@ -269,6 +274,24 @@ def test_whole_weights_need_a_float_base(adapter, model_folder, tmp_path):
         import_peft(adapter, tmp_path / "out", base=str(model_folder("llama", quantise=(4, 32))))
 
 
+def test_import_takes_it(adapter, model_folder, tmp_path):
+    spoil(adapter, {"base_model_name_or_path": None})
+    with pytest.raises(ModelError, match="give it with --model"):
+        api.import_model(adapter, output=tmp_path / "out")
+    base = str(model_folder())
+    out = api.import_model(adapter, output=tmp_path / "out", base=base)
+    assert open_model(out)[1].kind == "lora"
+    with pytest.raises(AlignError, match="exists already"):
+        api.import_model(adapter, output=out, base=base)
+    with pytest.raises(SettingsError, match="only a whole model takes a type"):
+        api.import_model(adapter, output=tmp_path / "half", base=base, dtype="float16")
+    file = api.convert_model(adapter, "gguf", output=tmp_path / "m.gguf", base=base, quantize="f32")
+    assert (
+        file.read_bytes()
+        == export_gguf(open_model(out)[0], tmp_path / "n.gguf", quantise="f32").read_bytes()
+    )
+
+
 def test_a_quantised_base_may_stand_in(adapter, model_folder, tmp_path):
     base = model_folder("llama", quantise=(4, 32))
     out = import_peft(adapter, tmp_path / "out", base=str(base))
@@ -281,13 +304,12 @@ def test_files_that_are_not_read(adapter, tmp_path):
     data = weights.read_bytes()
     for broken in (b"", data[:100], data[:-500], b"\xff" * 64):
         weights.write_bytes(broken)
-        with pytest.raises(ModelError, match="not a readable safetensors file"):
+        with pytest.raises(ModelError, match="damaged safetensors file"):
             import_peft(adapter, tmp_path / "out")
     weights.unlink()
     with pytest.raises(ModelError, match="it has no adapter_model"):
         import_peft(adapter, tmp_path / "out")
     (adapter / "adapter_model.bin").write_bytes(b"\x80\x04.")
-    assert is_peft_adapter(adapter)
     with pytest.raises(ModelError, match="is a pickle"):
         import_peft(adapter, tmp_path / "out")
     for broken in ("[]", "[" * 100_000, "{", "\udcff"):

@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType as Kind
 from make_gguf import write_gguf
 
 from mlx_align import api, cli
-from mlx_align.errors import AlignError, ModelError
+from mlx_align.errors import AlignError, ExportError, ModelError
 from mlx_align.importer.source import find_source, plain_name
 from mlx_align.model.load import STORED, load_model, load_tokenizer
 
@@ -222,7 +222,7 @@ def test_an_import_that_fails_leaves_nothing(gguf_file, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(mx, "save_safetensors", full)
-    with pytest.raises(ModelError, match="No space left"):
+    with pytest.raises(ExportError, match="No space left"):
         api.import_model(gguf_file, output=tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == [gguf_file.name]
 

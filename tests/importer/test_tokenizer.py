@@ -2,13 +2,12 @@
 
 import json
 import random
-import sys
 from dataclasses import replace
-from pathlib import Path
 from unicodedata import combining
 
 import numpy as np
 import pytest
+from llama_cpp import Server
 from make_gguf import write_gguf
 
 from mlx_align import api
@@ -17,9 +16,6 @@ from mlx_align.export.vocabulary import read_vocabulary, write_vocabulary
 from mlx_align.importer.gguf_file import GGUFFile
 from mlx_align.importer.tokenizer import WAYS, read_tokenizer
 from mlx_align.model.load import STORED, load_model, load_tokenizer
-
-sys.path.append(str(Path(__file__).parents[1] / "export"))
-from llama_cpp import Server
 
 VOCABULARIES = ["gpt-2", "llama-bpe", "llama-spm", "phi-3", "qwen2"]
 TEXTS = [
