@@ -114,14 +114,15 @@ def _choose_types(family, config, arrays: dict, quantise, importance) -> dict:
     )
     packed = {name: array for name, array in arrays.items() if isinstance(array, Packed)}
     base = FILE_TYPES[quantise][1]
-    exact = [name for name, array in packed.items() if is_exact(array, base)]
+    rounded = {name for name in packed if types[name] != GGMLQuantizationType.F32}
+    exact = {name for name in rounded if is_exact(packed[name], base)}
     types |= dict.fromkeys(exact, base)
-    arrays |= {name: array.dense() for name, array in packed.items() if name not in exact}
+    arrays |= {name: packed[name].dense() for name in packed.keys() - exact}
     if packed:
         log.info(
             "%d layers keep the weights of the quantised base, %d are rounded a second time",
-            len(exact),
-            len(packed) - len(exact),
+            len(packed) - len(rounded - exact),
+            len(rounded - exact),
         )
     return types
 

@@ -195,17 +195,33 @@ def test_perplexity_is_that_of_llama_cpps_quantiser(tmp_path):
     assert abs(perplexities[0] / perplexities[1] - 1) < 0.01
 
 
-@pytest.mark.parametrize(("bits", "quantise"), [(2, "q4_1"), (3, "q4_1"), (4, "q4_1"), (5, "q5_1")])
-def test_a_quantised_base_keeps_its_weights(model_folder, tmp_path, caplog, bits, quantise):
-    loaded = load_model(str(model_folder("llama-untied", quantise=(bits, 64), dtype=mx.float16)))
+@pytest.mark.parametrize(
+    ("family", "base", "quantise", "count"),
+    [
+        ("llama-untied", (2, 64), "q4_1", 16),
+        ("llama-untied", (3, 64), "q4_1", 16),
+        ("llama-untied", (4, 64), "q4_1", 16),
+        ("llama-untied", (5, 64), "q5_1", 16),
+        ("olmo2", (4, 32), "q4_1", 16),
+        ("gemma2", (4, 32), "q4_1", 15),
+        ("phi3", (4, 32), "q4_1", 9),
+        ("mixtral", (4, 32), "q4_1", 18),
+        ("qwen3_moe", (5, 32), "q5_1", 17),
+    ],
+)
+def test_a_quantised_base_keeps_its_weights(
+    model_folder, tmp_path, caplog, family, base, quantise, count
+):
+    loaded = load_model(str(model_folder(family, quantise=base, dtype=mx.float16)))
     caplog.set_level("INFO")
     path = export_gguf(loaded, tmp_path / "m.gguf", quantise=quantise)
-    assert "16 layers keep the weights of the quantised base, 0 are rounded" in caplog.text
+    assert f"{count} layers keep the weights of the quantised base, 0 are rounded" in caplog.text
     _, dense = fields(export_gguf(loaded, tmp_path / "f32.gguf", quantise="f32"))
     _, tensors = fields(path)
     for name, tensor in tensors.items():
         weights = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         assert np.array_equal(weights, dense[name].data), name
+        assert "gate_inp" not in name or tensor.tensor_type.name == "F32"
     ids = list(range(5, 60, 3))
     theirs = Server(path).next_log_probs(ids, 50)
     logits = loaded.model(mx.array([ids]))[0, -1]

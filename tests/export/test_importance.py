@@ -160,22 +160,34 @@ def test_short_or_missing_texts(model_folder, tmp_path):
         measure_importance(loaded, tmp_path / "none.txt")
 
 
-def test_blocks_are_made_by_importance(model_folder, tmp_path, text, caplog):
+@pytest.mark.parametrize(
+    ("family", "known", "names"),
+    [
+        ("llama", "14 of 15", {"attn_q": "self_attn.q_proj", "ffn_up": "mlp.up_proj"}),
+        ("qwen3_moe", "14 of 15", {"ffn_up_exps": "mlp.switch_mlp.up_proj"}),
+        ("mixtral", "14 of 16", {"ffn_gate_exps": "block_sparse_moe.switch_mlp.gate_proj"}),
+        ("phi3", "8 of 9", {"ffn_up": "mlp.gate_up_proj"}),
+    ],
+)
+def test_blocks_are_made_by_importance(model_folder, tmp_path, text, caplog, family, known, names):
     """By the model's names as by those of GGUF."""
-    loaded = load_model(str(model_folder("llama", dtype=mx.float16)))
+    loaded = load_model(str(model_folder(family, dtype=mx.float16)))
     measured = measure_importance(loaded, text)
     caplog.set_level("INFO")
     path = export_gguf(loaded, tmp_path / "m.gguf", quantise="q4_k_m", importance=measured)
-    assert "importance is known of 14 of 15 quantised tensors" in caplog.text
+    assert f"importance is known of {known} quantised tensors" in caplog.text
     _, tensors = fields(path)
     _, half = fields(export_gguf(loaded, tmp_path / "f16.gguf"))
-    names = {"blk.0.attn_q.weight": "self_attn.q_proj", "blk.0.ffn_up.weight": "mlp.up_proj"}
+    names = {f"blk.0.{name}.weight": own for name, own in names.items()}
     renamed = {}
     for name, own in names.items():
         renamed[name] = measured[f"model.layers.0.{own}.weight"]
-        blocks = reference_blocks(half[name].data, tensors[name].tensor_type, renamed[name])
-        plain = reference_blocks(half[name].data, tensors[name].tensor_type)
-        assert np.mean(tensors[name].data == blocks) > 0.995 > np.mean(plain == blocks)
+        # Of stacked experts the last.
+        last = (-1,) * (renamed[name].ndim - 1)
+        kind, values = tensors[name].tensor_type, half[name].data[last]
+        blocks = reference_blocks(values, kind, renamed[name][last])
+        plain = reference_blocks(values, kind)
+        assert np.mean(tensors[name].data[last] == blocks) > 0.995 > np.mean(plain == blocks)
     again = export_gguf(loaded, tmp_path / "n.gguf", quantise="q4_k_m", importance=renamed)
     _, others = fields(again)
     assert all(np.array_equal(others[name].data, tensors[name].data) for name in names)
