@@ -13,7 +13,7 @@ from mlx_align.demo import DEMO
 from mlx_align.errors import DataError, ExportError, ModelError, SettingsError
 from mlx_align.evaluate.compare import Answers, Comparison, Evaluation
 from mlx_align.evaluate.sweep import Sweep, run_sweep
-from mlx_align.files import write_json
+from mlx_align.files import write_atomically, write_json
 from mlx_align.kernels.doctor import Diagnosis, diagnose
 from mlx_align.losses import METHODS
 from mlx_align.rollout.iterate import Iteration
@@ -225,43 +225,52 @@ def export_model(
     base: str | None = None,
     adapter_only: bool = False,
     base_name: str | None = None,
+    format: str | None = None,
+    system: str | None = None,
+    push: str | None = None,
 ) -> Path:
     """Merge a run's adapter into its model and write it for other programs; returns the path.
 
-    `to` is "mlx", "hf", "gguf" or "ollama"; `quantize` the GGUF type, `dtype` that of folders,
-    `name` the model's name in Ollama. What rounding costs each weight comes from the file `imatrix`
-    of llama-imatrix, or is measured over the text file `calibrate`. With `adapter_only` the adapter is
-    written without its base, which is called `base_name` there; `to` "peft" is that for "hf".
+    `to` is "mlx", "hf", "gguf", "ollama" or "lmstudio"; `quantize` the GGUF type, `dtype` that of
+    folders, `name` the model's name in Ollama or LM Studio. What rounding costs each weight comes from
+    the file `imatrix` of llama-imatrix, or is measured over the text file `calibrate`. With
+    `adapter_only` the adapter is written without its base, which is called `base_name` there; `to`
+    "peft" is that for "hf". `format` is what LM Studio is given ("mlx" or "gguf"), `system` the system
+    prompt in Ollama. `push` names the repository on the Hub that the result is uploaded to.
     """
     from mlx_align.export.folder import export_folder
     from mlx_align.export.gguf import export_gguf
+    from mlx_align.export.hub import upload
     from mlx_align.export.importance import measure_importance, read_imatrix
-    from mlx_align.export.ollama import export_ollama
+    from mlx_align.export.lm_studio import default_format, export_lm_studio, model_folder
+    from mlx_align.export.ollama import create_in_ollama, export_ollama, make_modelfile
     from mlx_align.export.recipe import FILE_TYPES, UNWEIGHTED
     from mlx_align.model.load import STORED
     from mlx_align.model.open import open_model
 
-    if to not in ("mlx", "hf", "peft", "gguf", "ollama"):
-        raise SettingsError(f"to: {to!r} is not one of mlx, hf, peft, gguf, ollama")
     adapter_only = adapter_only or to == "peft"
-    if base_name and not adapter_only:
-        raise SettingsError("base_name: only an adapter has a base there; give adapter_only, too")
     folder = Path(source).expanduser()
     name = name or folder.resolve().name
+    _check_export(to, name, adapter_only, base_name, format, system, push)
+    if to == "lmstudio":
+        format = format or default_format()
     if quantize is None:
-        quantize = "f32" if adapter_only else "q8_0" if to == "ollama" else "f16"
+        quantize = "f32" if adapter_only else "f16" if to == "gguf" else "q8_0"
     if quantize not in FILE_TYPES:
         raise SettingsError(f"quantize: {quantize!r} is not one of {', '.join(FILE_TYPES)}")
     if imatrix or calibrate:
         if imatrix and calibrate:
             raise SettingsError("imatrix and calibrate: give one importance matrix, not two")
-        if to not in ("gguf", "ollama") or adapter_only or quantize in UNWEIGHTED:
+        gguf = to in ("gguf", "ollama") or format == "gguf"
+        if not gguf or adapter_only or quantize in UNWEIGHTED:
             raise SettingsError(
                 f"{'imatrix' if imatrix else 'calibrate'}: only matters to GGUF of other types than "
                 f"{', '.join(UNWEIGHTED)}; choose one with quantize"
             )
     if output is not None:
         path = _new_path(output)
+    elif to == "lmstudio":
+        path = model_folder(name)
     elif folder.is_dir() and (folder / "adapter_config.json").exists():
         path = folder / "export" / _export_name(to, name, quantize, adapter_only)
     else:
@@ -274,16 +283,59 @@ def export_model(
         )
     if calibrate:
         importance = measure_importance(loaded, Path(calibrate).expanduser())
-    if adapter_only:
-        return _export_adapter(
-            loaded, adapter, source, to, path,
-            quantize=quantize, dtype=dtype, name=name, base_name=base_name,
-        )  # fmt: skip
-    if to == "gguf":
-        return export_gguf(loaded, path, quantise=quantize, importance=importance)
+    modelfile = None
     if to == "ollama":
-        return export_ollama(loaded, path, quantise=quantize, importance=importance, name=name)
-    return export_folder(loaded, path, flavour=to, dtype=dtype)
+        modelfile = make_modelfile(loaded, system=system, base_name=base_name)
+    if adapter_only:
+        _export_adapter(
+            loaded, adapter, source, to, path,
+            quantize=quantize, dtype=dtype, base_name=base_name, modelfile=modelfile, push=push,
+        )  # fmt: skip
+    elif to == "gguf":
+        export_gguf(loaded, path, quantise=quantize, importance=importance)
+    elif to == "ollama":
+        export_ollama(loaded, path, modelfile, quantise=quantize, importance=importance)
+    elif to == "lmstudio":
+        export_lm_studio(
+            loaded, path, format=format, quantise=quantize, dtype=dtype, importance=importance
+        )
+    else:
+        export_folder(loaded, path, flavour=to, dtype=dtype)
+    card = _card(loaded, source, format or to, path, adapter_only, name, base_name, push)
+    if not adapter_only:
+        _report_kept(loaded, adapter, source, path, quantize)
+    if to == "ollama":
+        create_in_ollama(path, modelfile, name)
+    if push:
+        upload(path, push, card)
+    return path
+
+
+def _check_export(to, name, adapter_only, base_name, format, system, push) -> None:
+    """Raise what speaks against an export before any work is done."""
+    from mlx_align.export.hub import check_access
+    from mlx_align.export.lm_studio import FORMATS
+    from mlx_align.export.ollama import check_name
+
+    targets = ("mlx", "hf", "peft", "gguf", "ollama", "lmstudio")
+    if to not in targets:
+        raise SettingsError(f"to: {to!r} is not one of {', '.join(targets)}")
+    if base_name and not adapter_only:
+        raise SettingsError("base_name: only an adapter has a base there; give adapter_only, too")
+    if to == "lmstudio" and adapter_only:
+        raise SettingsError("adapter_only: LM Studio puts no adapters on; export the merged model")
+    if format is not None and (to != "lmstudio" or format not in FORMATS):
+        raise SettingsError(f"format: says what LM Studio is given, {' or '.join(FORMATS)}")
+    if system and to != "ollama":
+        raise SettingsError("system: only a model in Ollama brings its system prompt along")
+    if to == "ollama":
+        check_name(name, "name")
+        if adapter_only:
+            check_name(base_name, "base_name")
+    if push:
+        if to in ("ollama", "lmstudio"):
+            raise SettingsError(f"push: goes with hf, mlx, gguf and peft, not with {to}")
+        check_access(push)
 
 
 def _export_name(to: str, name: str, quantize: str, adapter_only: bool) -> str:
@@ -295,24 +347,54 @@ def _export_name(to: str, name: str, quantize: str, adapter_only: bool) -> str:
     return "peft" if to in ("hf", "peft") else f"{to}-adapter"
 
 
-def _export_adapter(loaded, adapter, source, to, path, *, quantize, dtype, name, base_name) -> Path:
+def _export_adapter(
+    loaded, adapter, source, to, path, *, quantize, dtype, base_name, modelfile, push
+) -> None:
     """What `export_model` does with `adapter_only`."""
     from mlx_align.export.adapter import export_gguf_adapter, export_mlx_adapter, export_peft
+    from mlx_align.export.card import is_hub_id
     from mlx_align.export.ollama import export_ollama_adapter
     from mlx_align.model.open import find_adapter
 
     if adapter is None:
         raise ExportError(f"{source}: has no adapter that could be written without its base")
-    if to == "gguf":
-        return export_gguf_adapter(loaded, adapter, path, quantise=quantize)
-    if to == "ollama":
-        return export_ollama_adapter(
-            loaded, adapter, path, base_name=base_name, quantise=quantize, name=name
+    if push and not is_hub_id(base_name or loaded.name):
+        raise SettingsError(
+            f"push: the base {loaded.name} is not on the Hub; give its id as base_name"
         )
     made = find_adapter(source)
-    if to == "mlx":
-        return export_mlx_adapter(loaded, adapter, made, path, dtype=dtype)
-    return export_peft(loaded, adapter, made, path, base_name=base_name, dtype=dtype)
+    if to == "gguf":
+        export_gguf_adapter(loaded, adapter, path, quantise=quantize)
+    elif to == "ollama":
+        export_ollama_adapter(loaded, adapter, path, modelfile, quantise=quantize)
+    elif to == "mlx":
+        export_mlx_adapter(loaded, adapter, made, path, base_name=base_name, dtype=dtype)
+    else:
+        export_peft(loaded, adapter, made, path, base_name=base_name, dtype=dtype)
+
+
+def _card(loaded, source, form, path, adapter_only, name, base_name, push) -> str:
+    """The model card, which is also written into what is a folder."""
+    from mlx_align.export.card import CARD, make_card
+
+    if adapter_only:
+        form = "peft" if form in ("hf", "peft") else f"{form}-adapter"
+    if "score" in loaded.model:
+        form = "peft-reward" if adapter_only else "reward"
+    card = make_card(loaded, source, form, path, name=name, repo=push, base_name=base_name)
+    if path.is_dir():
+        write_atomically(path / CARD, card)
+    return card
+
+
+def _report_kept(loaded, adapter, source, path, quantize) -> None:
+    """Say what a quantised file keeps of the adapter, if there are both."""
+    from mlx_align.export.kept import report_kept
+
+    file = path if path.is_file() else next(path.glob("*.gguf"), None)
+    if file is None or adapter is None or adapter.kind == "full" or quantize in ("f32", "f16"):
+        return
+    report_kept(loaded, adapter, source, file)
 
 
 def import_model(

@@ -1,4 +1,4 @@
-"""Fixtures that many tests share. Caches go to a temporary folder, never to the user's own."""
+"""Fixtures that many tests share. Nothing of the user's own is touched: no cache, no running Ollama."""
 
 from pathlib import Path
 
@@ -13,6 +13,7 @@ def own_cache(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setenv("MLX_ALIGN_CACHE", str(tmp_path_factory.mktemp("cache")))
     patch.setenv("HF_HUB_OFFLINE", "1")
+    patch.setenv("OLLAMA_HOST", "127.0.0.1:1")
     yield
     patch.undo()
 

@@ -9,7 +9,7 @@ from mlx_align.cli.options import (
     option,
 )
 
-TARGETS = ("mlx", "hf", "peft", "gguf", "ollama")
+TARGETS = ("mlx", "hf", "peft", "gguf", "ollama", "lmstudio")
 GGUF_TYPES = (
     "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1",
     "q4_0", "q3_k_m", "q2_k",
@@ -45,9 +45,9 @@ def _export() -> click.Command:
                 "--to",
                 type=click.Choice(TARGETS),
                 required=True,
-                help="mlx: folder for mlx-lm and LM Studio; hf: folder for transformers; "
-                "peft: the adapter alone, for PEFT; gguf: file for llama.cpp; ollama: GGUF and Modelfile, "
-                "and `ollama create` where Ollama is installed.",
+                help="mlx: folder for mlx-lm; hf: folder for transformers; peft: the adapter alone, for "
+                "PEFT; gguf: file for llama.cpp; ollama: GGUF and Modelfile, and the model in Ollama "
+                "where that is here; lmstudio: the model where LM Studio finds it.",
             ),
             option(
                 "--adapter-only",
@@ -64,9 +64,9 @@ def _export() -> click.Command:
             option(
                 "--quantize",
                 type=click.Choice(GGUF_TYPES),
-                help="Type of the weights in GGUF. Default: f16 for gguf, q8_0 for ollama, f32 for "
-                "an adapter. What no adapter changed of a base in 2 to 4 bits stays exact in q4_1, of one "
-                "in 5 bits in q5_1.",
+                help="Type of the weights in GGUF. Default: f16 for gguf, q8_0 for ollama and "
+                "lmstudio, f32 for an adapter. What no adapter changed of a base in 2 to 4 bits stays "
+                "exact in q4_1, of one in 5 bits in q5_1.",
             ),
             option(
                 "--imatrix",
@@ -83,7 +83,23 @@ def _export() -> click.Command:
                 type=click.Choice(["float32", "float16", "bfloat16"]),
                 help="Type of the weights in mlx and hf folders. Default: as the base stores them.",
             ),
-            option("--name", help="Name of the model in Ollama. Default: the run folder's name."),
+            option(
+                "--name",
+                help="Name of the model in Ollama, or NAME or PUBLISHER/NAME in LM Studio. Default: the "
+                "run folder's name.",
+            ),
+            option(
+                "--format",
+                type=click.Choice(["mlx", "gguf"]),
+                help="What LM Studio is given. Default: mlx on Apple silicon, gguf elsewhere.",
+            ),
+            option("--system", metavar="TEXT", help="System prompt of the model in Ollama."),
+            option(
+                "--push",
+                metavar="USER/REPO",
+                help="Upload the result (mlx, hf, gguf, peft) to the Hugging Face Hub, with its model "
+                "card. A repository that is new is public.",
+            ),
             base_option(),
         ],
         help="Merge the adapter into the model and write it for other programs.",

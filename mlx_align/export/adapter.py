@@ -104,14 +104,26 @@ def export_peft(
 
 
 def export_mlx_adapter(
-    loaded: LoadedModel, adapter: Adapter, source: Path, output: Path, *, dtype: str | None = None
+    loaded: LoadedModel,
+    adapter: Adapter,
+    source: Path,
+    output: Path,
+    *,
+    base_name: str | None = None,
+    dtype: str | None = None,
 ) -> Path:
-    """Write the adapter of the folder `source` as one for `mlx_lm.generate --adapter-path`."""
+    """Write the adapter of the folder `source` as one for `mlx_lm.generate --adapter-path`.
+
+    `base_name` is the base elsewhere, where that is not the model that was trained.
+    """
+    config = read_adapter_config(source)
+    if base_name is not None:
+        config["model"] = base_name
     weights = {name: _cast(array, dtype) for name, array in adapter.weights().items()}
     template = find_template_file(source)
     with new_folder(output) as folder:
         save_weights(folder / WEIGHTS, weights)
-        write_json(folder / CONFIG, read_adapter_config(source))
+        write_json(folder / CONFIG, config)
         if template is not None:
             shutil.copyfile(template, folder / TEMPLATE)
     return output

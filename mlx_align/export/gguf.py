@@ -2,7 +2,8 @@
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -14,8 +15,10 @@ from mlx_align.export.architectures import (
     check_config,
     find_family,
     gguf_tensors,
+    interleave,
     key_heads,
     language_config,
+    rotated_heads,
     write_hyperparameters,
 )
 from mlx_align.export.fuse import Packed
@@ -125,6 +128,29 @@ def _choose_types(family, config, arrays: dict, quantise, importance) -> dict:
             len(rounded - exact),
         )
     return types
+
+
+def written_matrices(
+    loaded: LoadedModel, path: Path
+) -> Iterator[tuple[str, Callable[[], mx.array]]]:
+    """(name, function that reads it) of every matrix of a model in a file by `export_gguf`, in float32.
+
+    Names, shapes and the order of rows are the model's own; those of experts are stacked.
+    """
+    family, config = find_family(loaded, "GGUF"), language_config(loaded)
+    rotated = rotated_heads(family, config)
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    for target, name, array in gguf_tensors(loaded, family, config):
+        if name is not None and array.ndim > 1:
+            yield name, partial(_read, tensors[target], rotated.get(name.rsplit(".", 2)[-2]))
+
+
+def _read(tensor: gguf.ReaderTensor, heads: int | None) -> mx.array:
+    values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    if heads is not None:
+        # Where each row went, as `interleave` says it.
+        values = values[np.argsort(np.array(interleave(mx.arange(len(values)), heads)))]
+    return mx.array(values)
 
 
 def _write_general(writer: GGUFWriter, name: str, quantise: str) -> None:

@@ -1,21 +1,22 @@
 """What Ollama needs: a GGUF, and a Modelfile with template, stops and parameters."""
 
-import contextlib
 import logging
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from mlx_align.data.records import Unfit
 from mlx_align.data.template import end_of_turn
 from mlx_align.errors import ExportError, SettingsError
 from mlx_align.export.adapter import export_gguf_adapter
 from mlx_align.export.gguf import export_gguf
+from mlx_align.export.go_template import derive_go_template, takes_system
+from mlx_align.export.ollama_server import OllamaServer
 from mlx_align.export.vocabulary import read_vocabulary
 from mlx_align.files import new_folder
 from mlx_align.model.adapter import Adapter
@@ -23,250 +24,200 @@ from mlx_align.model.load import LoadedModel
 
 log = logging.getLogger("mlx_align")
 
-# Ollama takes the built-in template nearest to the file's own, if fewer than 100 letters differ.
-# A remark of more letters than that keeps it from taking a wrong one.
-GUARD = (
-    "{# This template is exact. "
-    + "Nothing here is to be replaced by a similar template. " * 2
-    + "#}"
-)
-MODEL_FILE, ADAPTER_FILE = "model.gguf", "adapter.gguf"
+# Ollama takes the built-in template nearest to the file's own, if fewer than 100 letters differ. These
+# are letters that no template has, so none of its own is nearer than their number.
+GUARD = "{# " + "^" * 120 + " #}"
+MODEL_FILE, ADAPTER_FILE, MODELFILE = "model.gguf", "adapter.gguf", "Modelfile"
+# A model that was just made has to answer these and stop by itself, within this many tokens.
+CHECKS = ("Hello!", "What is the capital of France?", "Name three colours.")
+CHECK_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Modelfile:
+    """What Ollama is told of a model; `base` is one of Ollama's that wears the adapter, if any."""
+
+    template: str | None
+    stops: tuple[str, ...]
+    context: int | None
+    system: str | None = None
+    licence: str | None = None
+    base: str | None = None
+
+    @property
+    def file(self) -> str:
+        """The name of the GGUF beside it."""
+        return MODEL_FILE if self.base is None else ADAPTER_FILE
+
+    @property
+    def parameters(self) -> dict:
+        """The parameters by Ollama's names."""
+        given = {"stop": list(self.stops), "num_ctx": self.context}
+        return {name: value for name, value in given.items() if value}
+
+    def text(self) -> str:
+        """The file. Raises `ExportError` where it cannot hold a text."""
+        lines = [f"FROM {self.base or f'./{MODEL_FILE}'}"]
+        if self.base is not None:
+            lines.append(f"ADAPTER ./{ADAPTER_FILE}")
+        if self.template is not None:
+            lines.append(f"TEMPLATE {_quoted(self.template)}")
+        lines += [f"PARAMETER stop {_quoted(stop)}" for stop in self.stops]
+        if self.context:
+            lines.append(f"PARAMETER num_ctx {self.context}")
+        if self.system:
+            lines.append(f"SYSTEM {_quoted(self.system)}")
+        if self.licence:
+            lines.append(f"LICENSE {_quoted(self.licence)}")
+        return "\n".join(lines) + "\n"
+
+    def request(self, name: str, digest: str) -> dict:
+        """The same for POST /api/create, with the digest of the uploaded GGUF."""
+        files = {self.file: digest}
+        whole = {"files": files} if self.base is None else {"from": self.base, "adapters": files}
+        texts = {"template": self.template, "system": self.system, "license": self.licence}
+        given = {key: text for key, text in texts.items() if text}
+        return {"model": name, **whole, **given, "parameters": self.parameters}
+
+
+def make_modelfile(
+    loaded: LoadedModel, *, system: str | None = None, base_name: str | None = None
+) -> Modelfile:
+    """What Ollama is to be told of a model, or of an adapter on the model that it calls `base_name`."""
+    if system and (loaded.template is None or not takes_system(loaded.template)):
+        raise SettingsError("system: the model has no chat template that takes a system prompt")
+    template = derive_go_template(loaded)
+    if template is None and loaded.template is not None:
+        log.warning(
+            "this chat template cannot be written in Ollama's template language; Ollama uses %s",
+            f"that of {base_name}"
+            if base_name
+            else "the one inside the GGUF (which needs a version of 2026 or later)",
+        )
+    context = loaded.context_length and min(loaded.context_length, 8192)
+    return Modelfile(
+        template, stop_texts(loaded), context, system, read_licence(loaded.path), base_name
+    )
 
 
 def export_ollama(
     loaded: LoadedModel,
     output: Path,
+    modelfile: Modelfile,
     *,
     quantise: str,
-    name: str,
     importance: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
-    """Write a folder with a GGUF and a Modelfile, and create the model where Ollama is installed."""
-    go_template = derive_go_template(loaded)
+    """Write a folder with a GGUF and a Modelfile."""
     vocabulary = read_vocabulary(loaded)
-    if go_template is None and vocabulary.chat_template:
-        log.warning(
-            "this chat template cannot be written in Ollama's template language; Ollama uses the one "
-            "inside the GGUF (which needs a version of 2026 or later)"
-        )
-        vocabulary = replace(vocabulary, chat_template=vocabulary.chat_template + GUARD)
-    modelfile = write_modelfile(loaded, go_template)
+    if modelfile.template is None and vocabulary.chat_template:
+        # Jinja drops a last newline, but not one in front of a remark.
+        guarded = vocabulary.chat_template.removesuffix("\n") + GUARD
+        vocabulary = replace(vocabulary, chat_template=guarded)
     options = {"quantise": quantise, "importance": importance, "vocabulary": vocabulary}
+    text = modelfile.text()
     with new_folder(output) as folder:
         export_gguf(loaded, folder / MODEL_FILE, **options)
-        (folder / "Modelfile").write_text(modelfile, encoding="utf-8")
-    create_in_ollama(output, name)
+        (folder / MODELFILE).write_text(text, encoding="utf-8")
     return output
 
 
 def export_ollama_adapter(
-    loaded: LoadedModel,
-    adapter: Adapter,
-    output: Path,
-    *,
-    base_name: str | None,
-    quantise: str,
-    name: str,
+    loaded: LoadedModel, adapter: Adapter, output: Path, modelfile: Modelfile, *, quantise: str
 ) -> Path:
     """Write a folder with a GGUF adapter and a Modelfile that puts it on a model of Ollama's.
 
-    `base_name` is what Ollama calls the base ("llama3.2:1b"), which must be the model that was trained.
+    That is `modelfile.base` ("llama3.2:1b"), which must be the model that was trained.
     """
-    if not re.fullmatch(r"[\w./:-]+", base_name or ""):
-        raise SettingsError(
-            f"base_name: {base_name!r} is no name of a model in Ollama; give that of the base, such as "
-            "llama3.2:1b"
-        )
-    go_template = derive_go_template(loaded)
-    if go_template is None and loaded.template is not None:
-        log.warning(
-            "this chat template cannot be written in Ollama's template language; Ollama uses that of %s",
-            base_name,
-        )
-    source = f"{base_name}\nADAPTER ./{ADAPTER_FILE}"
-    modelfile = write_modelfile(loaded, go_template, source)
+    text = modelfile.text()
     with new_folder(output) as folder:
         export_gguf_adapter(loaded, adapter, folder / ADAPTER_FILE, quantise=quantise)
-        (folder / "Modelfile").write_text(modelfile, encoding="utf-8")
-    create_in_ollama(output, name)
+        (folder / MODELFILE).write_text(text, encoding="utf-8")
     return output
 
 
-def write_modelfile(
-    loaded: LoadedModel, go_template: str | None, source: str = f"./{MODEL_FILE}"
-) -> str:
-    """The text of the Modelfile; `source` is what comes behind FROM."""
-    lines = [f"FROM {source}"]
-    if go_template is not None:
-        lines.append(f'TEMPLATE """{_quotable(go_template)}"""')
-    for stop in stop_texts(loaded):
-        lines.append(f'PARAMETER stop "{_escape(stop)}"')
-    if loaded.context_length:
-        lines.append(f"PARAMETER num_ctx {min(loaded.context_length, 8192)}")
-    return "\n".join(lines) + "\n"
+def check_name(name: str | None, what: str) -> str:
+    """A name of a model in Ollama: [host/][namespace/]model[:tag]. Raises `SettingsError`."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w./:-]*", name or "", re.ASCII):
+        raise SettingsError(
+            f"{what}: {name!r} is no name of a model in Ollama, such as llama3.2:1b"
+        )
+    return name
 
 
-def stop_texts(loaded: LoadedModel) -> list[str]:
+def stop_texts(loaded: LoadedModel) -> tuple[str, ...]:
     """The texts of the tokens that end a completion, and of a turn's end that is no single token."""
     texts = [loaded.tokenizer.decode([i]) for i in sorted(loaded.tokenizer.eos_token_ids)]
     if loaded.template is not None:
         token, text = end_of_turn(loaded.tokenizer, loaded.template)
         if token is None and text:
             texts.append(text)
-    return list(dict.fromkeys(t for t in texts if t.strip()))
+    return tuple(dict.fromkeys(t for t in texts if t.strip()))
 
 
-def derive_go_template(loaded: LoadedModel) -> str | None:
-    """The chat template in Go's template language, where that gives the very same text.
-
-    Found by rendering conversations and looking at what stands around the contents. None where the
-    result does not reproduce the Jinja template on other conversations.
-    """
-    template = loaded.template
-    if template is None:
-        return None
-    bos = getattr(loaded.tokenizer, "bos_token", None) or ""
-
-    def render(*turns, generation=True):
-        messages = [{"role": role, "content": content} for role, content in turns]
-        text = template.render(messages, generation=generation)
-        # Ollama adds the BOS itself, as the file's add_bos_token says.
-        return text.removeprefix(bos)
-
-    try:
-        parts = _parts(render)
-    except (Unfit, ValueError):
-        return None
-    for turns in _PROBES:
-        turns = (*turns, ("user", "And then?")) if turns[-1][0] == "assistant" else turns
-        try:
-            expected = render(*turns)
-        except Unfit:
-            # A template that takes no system prompt: Ollama's text for one is then as good as any.
-            if turns[0][0] == "system":
-                continue
-            return None
-        if parts.text(turns) != expected:
-            return None
-    return parts.go()
+def read_licence(folder: Path) -> str | None:
+    """The text of the licence in a model's folder."""
+    files = sorted(file for file in folder.glob("LICENSE*") if file.is_file())
+    return files[0].read_text(encoding="utf-8", errors="replace").strip() if files else None
 
 
-_PROBES = (
-    (("user", "Hello there"),),
-    (("user", "One"), ("assistant", "Two"), ("user", "Three")),
-    (("system", "Be brief."), ("user", "Why?")),
-    (
-        ("system", "Be kind."),
-        ("user", "a b"),
-        ("assistant", "c"),
-        ("user", "d"),
-        ("assistant", "e"),
-    ),
-)
-
-
-class _Parts:
-    """What a template writes around each role's content."""
-
-    def __init__(self, default, system, user, assistant, opening):
-        self.default = default  # before everything, when no system prompt is given
-        self.around = {"system": system, "user": user, "assistant": assistant}
-        self.opening = opening  # where the answer begins
-
-    def text(self, turns) -> str:
-        body = "".join(
-            self.around[role][0] + content + self.around[role][1] for role, content in turns
-        )
-        start = "" if turns[0][0] == "system" else self.default
-        return start + body + self.opening
-
-    def go(self) -> str:
-        def block(role, content):
-            before, after = self.around[role]
-            return f"{_literal(before)}{content}{_literal(after)}"
-
-        system = block("system", "{{ .System }}")
-        otherwise = f"{{{{ else }}}}{_literal(self.default)}" if self.default else ""
-        return (
-            f"{{{{ if .System }}}}{system}{otherwise}{{{{ end }}}}"
-            "{{ range .Messages }}"
-            f'{{{{ if eq .Role "user" }}}}{block("user", "{{ .Content }}")}'
-            f'{{{{ else if eq .Role "assistant" }}}}{block("assistant", "{{ .Content }}")}'
-            "{{ end }}{{ end }}"
-            f"{_literal(self.opening)}"
-        )
-
-
-def _parts(render) -> _Parts:
-    """Find what stands around contents. Raises ValueError where it is not constant."""
-    u, a, v, s = "qxuser", "qxassistant", "qxsecond", "qxsystem"
-    user_end = _split(render(("user", u), generation=False), u)[1]
-    opening = _after(_split(render(("user", u)), u)[1], user_end)
-    answered = render(("user", u), ("assistant", a), generation=False)
-    assistant_end = _split(answered, a)[1]
-    before_user, rest = _split(render(("user", u), ("assistant", a), ("user", v)), u)
-    between, rest = _split(rest, a)
-    assistant_start = _after(between, user_end)
-    user_start = _after(_split(rest, v)[0], assistant_end)
-    # The first user's turn stands behind what comes when no system prompt is given.
-    default = _before(before_user, user_start)
-    system = ("", "")
-    with contextlib.suppress(Unfit):
-        start, middle = _split(render(("system", s), ("user", u)), s)
-        system = (start, _before(_split(middle, u)[0], user_start))
-    return _Parts(
-        default, system, (user_start, user_end), (assistant_start, assistant_end), opening
-    )
-
-
-def _after(text: str, start: str) -> str:
-    if not text.startswith(start):
-        raise ValueError(f"{start!r} is not always there")
-    return text[len(start) :]
-
-
-def _before(text: str, end: str) -> str:
-    if not text.endswith(end):
-        raise ValueError(f"{end!r} is not always there")
-    return text[: len(text) - len(end)]
-
-
-def _split(text: str, marker: str) -> tuple[str, str]:
-    before, found, after = text.partition(marker)
-    if not found or marker in after:
-        raise ValueError(f"{marker} does not appear once")
-    return before, after
-
-
-def _literal(text: str) -> str:
-    """Text that Go's template language leaves as it is."""
-    return text.replace("{{", '{{ "{{" }}')
-
-
-def _quotable(text: str) -> str:
+def _quoted(text: str) -> str:
+    """A value as Ollama's parser takes it: it knows no escapes, and reads on to the closing quotes."""
+    if not re.search(r'["\r\n]', text):
+        return f'"{text}"'
     if '"""' in text:
-        raise ExportError('the chat template contains """, which a Modelfile cannot hold')
-    return text
+        raise ExportError(f'a Modelfile cannot hold """, which is in: {text[:60]!r}')
+    return f'"""{text}"""'
 
 
-def _escape(text: str) -> str:
-    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+def create_in_ollama(folder: Path, modelfile: Modelfile, name: str) -> None:
+    """Make the model of an exported folder known to Ollama, where that is here, and try it.
+
+    A running server is asked, else the program is called; where there is neither, what to do is said.
+    Raises `ExportError` where the server fails.
+    """
+    server = OllamaServer()
+    command = ["ollama", "create", name, "-f", str(folder / MODELFILE)]
+    if not server.runs():
+        _call_program(command, name)
+        return
+    try:
+        digest = server.upload(folder / modelfile.file)
+        server.create(modelfile.request(name, digest))
+        _check_answers(server, name)
+    except ExportError as error:
+        raise ExportError(
+            f"{error}. {folder} is kept; when that is mended, run: {shlex.join(command)}"
+        ) from None
+    log.info("ollama has it now: ollama run %s", name)
 
 
-def create_in_ollama(folder: Path, name: str) -> bool:
-    """Run `ollama create` where the program is installed; says what to do where it is not."""
-    command = ["ollama", "create", name, "-f", str(folder / "Modelfile")]
+def _check_answers(server: OllamaServer, name: str) -> None:
+    """Say where the model does not end its answers."""
+    for prompt in CHECKS:
+        text, reason = server.chat(name, prompt, CHECK_TOKENS)
+        if reason != "stop":
+            log.warning(
+                "in Ollama %s did not end its answer to %r (%s): %r. If mlx-align generate ends there, a "
+                "PARAMETER stop is missing in the Modelfile; else the model has not learnt to end, and "
+                "more training or a smaller num_predict helps",
+                name,
+                prompt,
+                reason or "no reason given",
+                text[-200:],
+            )
+
+
+def _call_program(command: list[str], name: str) -> None:
+    shown = shlex.join(command)
     if shutil.which("ollama") is None:
-        log.info("ollama is not installed here; where it is, run: %s", " ".join(command))
-        return False
+        log.info("ollama is not here; where it is, run: %s", shown)
+        return
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["no reason given"]
         log.warning(
-            "ollama could not create the model (%s); when it runs, do: %s",
-            reason[0],
-            " ".join(command),
+            "ollama could not create the model (%s); when it runs, do: %s", reason[0], shown
         )
-        return False
-    log.info("ollama has it now: ollama run %s", name)
-    return True
+    else:
+        log.info("ollama has it now: ollama run %s", name)

@@ -8,7 +8,8 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mlx_align.errors import ModelError
+from mlx_align.errors import ExportError, ModelError
+from mlx_align.export.lm_studio import models_folder
 from mlx_align.model.files import read_json
 from mlx_align.model.load import resolve_model
 
@@ -71,15 +72,14 @@ def plain_name(name: str) -> str:
 def _lm_studio_path(name: str) -> Path:
     """A folder or file in LM Studio's models: publisher/model, or publisher/model/file."""
     parts = _parts(name, f"{LM_STUDIO}publisher/model")
-    home = Path.home()
-    roots = [home / ".lmstudio" / "models", home / ".cache" / "lm-studio" / "models"]
-    settings = home / ".lmstudio" / "settings.json"
-    if settings.is_file() and isinstance(own := read_json(settings).get("downloadsFolder"), str):
-        roots.insert(0, Path(own))
-    for root in roots:
-        if (root / Path(*parts)).exists():
-            return root / Path(*parts)
-    raise ModelError(f"{LM_STUDIO}{name}: not among the models in {', '.join(map(str, roots))}")
+    try:
+        root = models_folder()
+    except ExportError:
+        raise ModelError(f"{LM_STUDIO}{name}: LM Studio's folder ~/.lmstudio is not here") from None
+    path = root / Path(*parts)
+    if not path.exists():
+        raise ModelError(f"{LM_STUDIO}{name}: not among the models in {root}")
+    return path
 
 
 def _find_in_ollama(name: str) -> Source:

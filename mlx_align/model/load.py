@@ -24,7 +24,9 @@ log = logging.getLogger("mlx_align")
 STORED = "stored"
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 # What a model folder consists of; weights in other formats on the Hub are not fetched.
-TEXTS = ("*.json", "*.py", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja")
+TEXTS = (
+    "*.json", "*.py", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja", "LICENSE*", "README.md",
+)  # fmt: skip
 WEIGHTS = ("model*.safetensors",)
 
 

@@ -122,8 +122,8 @@ def test_the_folder_for_peft(model_folder, tmp_path, caplog):
     out = api.export_model(adapter, "peft", dtype="float16")
     assert "quantised for MLX" in caplog.text and "--base-name" in caplog.text
     assert {p.name for p in out.iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "tokenizer.json",
-        "tokenizer_config.json",
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja",
+        "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     weights = load_file(out / "adapter_model.safetensors")
     name = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
@@ -153,7 +153,7 @@ def test_mlx_lm_puts_it_on(model_folder, made, tmp_path, case):
     out = api.export_model(adapter, "mlx", adapter_only=True)
     model, _ = mlx_lm.load(str(base), adapter_path=str(out))
     assert np.abs(np.array(model(mx.array(TOKENS))) - worn_logits(adapter)).max() < 1e-4
-    names = {"adapter_config.json", "adapters.safetensors", "chat_template.jinja"}
+    names = {"README.md", "adapter_config.json", "adapters.safetensors", "chat_template.jinja"}
     assert {p.name for p in out.iterdir()} == names
 
 
@@ -192,7 +192,7 @@ def test_a_modelfile_for_a_base_in_ollama(made, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     _, adapter = made("llama")
     out = api.export_model(adapter, "ollama", adapter_only=True, base_name="llama3.2:1b")
-    assert {p.name for p in out.iterdir()} == {"Modelfile", "adapter.gguf"}
+    assert {p.name for p in out.iterdir()} == {"Modelfile", "README.md", "adapter.gguf"}
     text = (out / "Modelfile").read_text()
     assert text.startswith("FROM llama3.2:1b\nADAPTER ./adapter.gguf\nTEMPLATE ")
     assert 'PARAMETER stop "<|eot_id|>"\n' in text

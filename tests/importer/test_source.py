@@ -78,7 +78,7 @@ def test_an_old_file_of_ollamas_has_no_jinja_template(model_folder, tmp_path, mo
         ("ollama:/tiny", "not a name"),
         ("ollama:", "not a name"),
         ("lmstudio:../x/y", "not a name"),
-        ("lmstudio:a/b", "not among the models in"),
+        ("lmstudio:a/b", "LM Studio's folder ~/.lmstudio is not here"),
         ("nowhere/at/all", "no such model folder"),
     ],
 )
