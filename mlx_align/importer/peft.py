@@ -188,6 +188,13 @@ def _read_arrays(folder) -> tuple[dict[str, dict[str, mx.array]], dict[str, mx.a
         arrays = mx.load(str(path))
     except RuntimeError as error:
         raise ModelError(f"{path}: cannot be read: {error}") from None
+    strange = [
+        name for name, array in arrays.items() if not mx.issubdtype(array.dtype, mx.floating)
+    ]
+    if strange:
+        raise ModelError(
+            f"{path}: {strange[0]} is not of a floating-point type that MLX has; {MERGE}"
+        )
     updates, saved = defaultdict(dict), {}
     for full_name, array in arrays.items():
         name = full_name.removeprefix(PEFT_PREFIX)

@@ -274,6 +274,15 @@ def test_whole_weights_need_a_float_base(adapter, model_folder, tmp_path):
         import_peft(adapter, tmp_path / "out", base=str(model_folder("llama", quantise=(4, 32))))
 
 
+def test_numbers_that_are_no_floats(adapter, tmp_path):
+    name = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
+    for kind, words in ((np.float64, "cannot be read"), (np.uint8, "floating-point")):
+        array = load_file(adapter / "adapter_model.safetensors")[name].astype(kind)
+        spoil(adapter, arrays={name: array})
+        with pytest.raises(ModelError, match=words):
+            import_peft(adapter, tmp_path / "out")
+
+
 def test_import_takes_it(adapter, model_folder, tmp_path):
     spoil(adapter, {"base_model_name_or_path": None})
     with pytest.raises(ModelError, match="give it with --model"):
