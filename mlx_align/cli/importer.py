@@ -29,7 +29,8 @@ def _import() -> click.Command:
             base=values["model"],
         )
         click.echo(f"written: {path}")
-        click.echo(f"  train it: mlx-align dpo --model {path} --data FILE")
+        if (path / "config.json").exists():
+            click.echo(f"  train it: mlx-align dpo --model {path} --data FILE")
 
     return SettingsCommand(
         "import",

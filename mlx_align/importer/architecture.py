@@ -30,9 +30,10 @@ from mlx_align.model.config import normalise_config
 
 log = logging.getLogger("mlx_align")
 
-
 # GGUF's architectures, and the model type as which mlx-lm computes each.
-TYPES = {MODEL_ARCH_NAMES[family.architecture]: kind for kind, family in reversed(FAMILIES.items())}
+MODEL_TYPES = {
+    MODEL_ARCH_NAMES[family.architecture]: kind for kind, family in reversed(FAMILIES.items())
+}
 # What the configs say and GGUF leaves unsaid.
 _UNSAID = {
     "qwen3_moe": {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True},
@@ -77,13 +78,13 @@ def find_type(file: GGUFFile) -> str:
         )
     if architecture == "llama" and file.integer("llama.expert_count", 0):
         return "mixtral"
-    if architecture not in TYPES:
-        known = ", ".join(sorted(TYPES))
+    if architecture not in MODEL_TYPES:
+        known = ", ".join(sorted(MODEL_TYPES))
         raise ModelError(
             f"{file.path}: models of type {architecture!r} cannot be imported from GGUF yet; those that "
             f"can: {known}. Many others can be had as safetensors from the Hub"
         )
-    return TYPES[architecture]
+    return MODEL_TYPES[architecture]
 
 
 def read_config(file: GGUFFile) -> dict:

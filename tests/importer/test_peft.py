@@ -9,7 +9,7 @@ import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
 
-from mlx_align import api
+from mlx_align import api, cli
 from mlx_align.errors import AlignError, ModelError, SettingsError
 from mlx_align.export.gguf import export_gguf
 from mlx_align.importer.peft import import_peft
@@ -287,9 +287,12 @@ def test_import_takes_it(adapter, model_folder, tmp_path):
     spoil(adapter, {"base_model_name_or_path": None})
     with pytest.raises(ModelError, match="give it with --model"):
         api.import_model(adapter, output=tmp_path / "out")
-    base = str(model_folder())
-    out = api.import_model(adapter, output=tmp_path / "out", base=base)
-    assert open_model(out)[1].kind == "lora"
+    base, out = str(model_folder()), tmp_path / "out"
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["import", str(adapter), "--model", base, "--output", str(out)])
+    assert not ended.value.code and open_model(out)[1].kind == "lora"
+    with pytest.raises(ModelError, match="an adapter of PEFT; make one of MLX: mlx-align import"):
+        open_model(adapter)
     with pytest.raises(AlignError, match="exists already"):
         api.import_model(adapter, output=out, base=base)
     with pytest.raises(SettingsError, match="only a whole model takes a type"):
