@@ -12,7 +12,8 @@ def serve(path, adapter=None):
     params.model.path = path
     params.n_ctx = 512
     params.n_parallel = 1
-    params.cpuparams.n_threads = 2
+    # Two threads of a tiny model wait for each other most of the time.
+    params.cpuparams.n_threads = 1
     params.verbosity = -1
     # Full precision everywhere, so that differences are the file's.
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
