@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from functools import partial
 
 import gguf
 import mlx.core as mx
@@ -19,7 +18,7 @@ from mlx_align.demo import data_folder
 from mlx_align.errors import ExportError
 from mlx_align.evaluate.answers import is_right, refuses
 from mlx_align.export.gguf import export_gguf
-from mlx_align.export.ollama import export_ollama
+from mlx_align.export.ollama import export_ollama, make_modelfile
 from mlx_align.export.recipe import FILE_TYPES
 from mlx_align.export.vocabulary import pre_tokenizer_name, read_vocabulary
 from mlx_align.model.adapter import AdapterSettings, wear_adapter
@@ -315,7 +314,11 @@ def test_ids_without_a_token_get_a_name_of_their_own(model_folder):
     assert vocabulary.tokens[-1] == "[PAD409]" and len(set(vocabulary.tokens)) == 410
 
 
-@pytest.mark.parametrize("export", [export_gguf, partial(export_ollama, name="m")])
+def write_for_ollama(loaded, output, **options):
+    return export_ollama(loaded, output, make_modelfile(loaded), **options)
+
+
+@pytest.mark.parametrize("export", [export_gguf, write_for_ollama])
 def test_weights_that_are_no_numbers_are_refused_by_name(model_folder, tmp_path, export):
     loaded = load_model(str(model_folder()))
     layer = loaded.model.model.layers[1].mlp.down_proj
