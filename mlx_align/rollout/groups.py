@@ -101,6 +101,15 @@ class TextEnds:
         return any(text in tail for text in self._texts)
 
 
+def _log_prob(response, temperature) -> mx.array:
+    """The log-probability of the token that was sampled, at the temperature."""
+    if temperature == 1 and response.logprobs.dtype == mx.float32:
+        # Normalised as they come.
+        return response.logprobs[response.token]
+    scaled = response.logprobs.astype(mx.float32) / temperature
+    return scaled[response.token] - mx.logsumexp(scaled)
+
+
 def _decode(generator, uids, temperature, ends: TextEnds) -> list[Sample]:
     ids = {uid: [] for uid in uids}
     logps = {uid: [] for uid in uids}
@@ -111,8 +120,7 @@ def _decode(generator, uids, temperature, ends: TextEnds) -> list[Sample]:
         for response in responses:
             uid = response.uid
             ids[uid].append(response.token)
-            scaled = response.logprobs.astype(mx.float32) / temperature
-            chosen.append(scaled[response.token] - mx.logsumexp(scaled))
+            chosen.append(_log_prob(response, temperature))
             if ends(ids[uid]):
                 finished[uid] = True
                 ended += [uid] if response.finish_reason is None else []
