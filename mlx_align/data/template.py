@@ -146,6 +146,15 @@ class ChatTemplate:
         except jinja2.exceptions.TemplateSyntaxError as error:
             raise DataError(f"the chat template is not valid Jinja: {error}") from None
 
+    def with_thinking(self, thinking: bool) -> "ChatTemplate":
+        """The same with its thinking mode on or off, here and wherever its `source` is rendered."""
+        fixed = ChatTemplate(
+            self.source, {**self.variables, "enable_thinking": thinking}, self.date
+        )
+        # Other programs turn the mode on by default, so it is set whatever they say.
+        fixed.source = f"{{% set enable_thinking = {str(thinking).lower()} %}}\n{self.source}"
+        return fixed
+
     def render(self, messages, *, generation: bool, tools=None, arguments=()) -> str:
         """The text of a conversation; with `generation`, up to where the assistant begins.
 

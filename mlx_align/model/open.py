@@ -4,6 +4,7 @@ import json
 import logging
 from pathlib import Path
 
+from mlx_align.data.template import ChatTemplate
 from mlx_align.errors import ModelError
 from mlx_align.model.adapter import CONFIG, WEIGHTS, Adapter, load_adapter, read_adapter_config
 from mlx_align.model.heads import attach_reward_head
@@ -20,20 +21,23 @@ def open_model(
 ) -> tuple[LoadedModel, Adapter | None]:
     """The model that `source` names, wearing its adapter where it is a run or an adapter.
 
-    `base` names the base model where the adapter's config does not. Of an unfinished run the newest
-    checkpoint is taken.
+    Its chat template thinks, or does not, as in training. `base` names the base model where the
+    adapter's config does not. Of an unfinished run the newest checkpoint is taken.
     """
     folder = find_adapter(source)
     if folder is None:
         return load_model(str(source), dtype), None
-    base = base or read_adapter_config(folder).get("model")
+    config = read_adapter_config(folder)
+    base = base or config.get("model")
     if not base:
         raise ModelError(
             f"{folder}: its {CONFIG} does not name the base model; give it with --model"
         )
     template = find_template_file(folder)
     loaded = load_model(base, dtype, None if template is None else str(template))
-    if read_adapter_config(folder).get("head") == "reward":
+    if config.get("thinking") is not None and isinstance(loaded.template, ChatTemplate):
+        loaded.template = loaded.template.with_thinking(config["thinking"])
+    if config.get("head") == "reward":
         attach_reward_head(loaded.model, loaded.head)
     return loaded, load_adapter(loaded.model, folder)
 

@@ -27,6 +27,7 @@ class RewardModel:
     mean: float
     std: float
     prompt_format: str = "auto"
+    thinking: bool | None = None
 
     def encoder(self) -> Encoder:
         """Renders prompts and completions as in training."""
@@ -35,6 +36,7 @@ class RewardModel:
             max_length=self.loaded.context_length or 1 << 20,
             template=self.loaded.template,
             prompt_format=self.prompt_format,
+            thinking=self.thinking,
             truncate=False,
         )
 
@@ -70,7 +72,11 @@ def worn_reward_model(loaded: LoadedModel, folder: Path) -> RewardModel:
         log.warning("%s: is not finished, so its rewards are not normalised", folder)
         statistics = {"mean": 0.0, "std": 1.0}
     return RewardModel(
-        loaded, statistics["mean"], statistics["std"] or 1.0, config.get("prompt_format", "auto")
+        loaded,
+        statistics["mean"],
+        statistics["std"] or 1.0,
+        config.get("prompt_format", "auto"),
+        config.get("thinking"),
     )
 
 

@@ -254,6 +254,8 @@ def _start_from(adapter: Adapter, start: str | None) -> None:
 def _adapter_extra(settings: RunSettings) -> dict:
     """What the adapter's config says besides mlx-lm's keys: where to put it on, how it was made."""
     extra = {"model": settings.model.model, "method": settings.method.name}
+    if settings.data.thinking is not None:
+        extra["thinking"] = settings.data.thinking
     if settings.method.reads == "rewards":
         extra |= {"head": "reward", "prompt_format": settings.data.prompt_format}
     return extra

@@ -11,9 +11,12 @@ import time
 import mlx.core as mx
 import numpy as np
 import pytest
+import tiny
+from transformers import AutoTokenizer
 
 from mlx_align import api
 from mlx_align.errors import DataError, RunError, SettingsError, StaleReferenceError
+from mlx_align.model.open import open_model
 from mlx_align.train.loop import Events
 from mlx_align.train.runlog import METRICS
 
@@ -407,3 +410,33 @@ def test_resume_after_midnight_keeps_the_templates_date(job, tmp_path, model_fol
 
     monkeypatch.setattr(datetime, "date", Tomorrow)
     assert api.train_model("dpo", resume=tmp_path / "run").finished
+
+
+THINKING = tiny.CHATML + (
+    "{% if add_generation_prompt and not enable_thinking | default(true) %}"
+    "<think>\n\n</think>\n\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(("thinking", "opening"), [(False, "<think>\n\n</think>\n\n"), (True, "")])
+def test_what_a_run_was_taught_of_thinking_goes_along(
+    job, model_folder, tmp_path, thinking, opening
+):
+    model = str(model_folder(style="qwen2", template=THINKING))
+    api.train_model("dpo", **job("run", model=model, steps=1, thinking=thinking))
+    loaded, _ = open_model(tmp_path / "run")
+    asked = [{"role": "user", "content": "Hi"}]
+    rendered = loaded.template.render(asked, generation=True)
+    assert rendered.endswith("<|im_start|>assistant\n" + opening)
+    # A row may still ask for the other mode.
+    other = loaded.template.render(
+        asked, generation=True, arguments=(("enable_thinking", not thinking),)
+    )
+    assert other != rendered
+    exported = api.export_model(tmp_path / "run", "hf")
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    for asks in ({}, {"enable_thinking": True}, {"enable_thinking": False}):
+        text = tokenizer.apply_chat_template(
+            asked, tokenize=False, add_generation_prompt=True, **asks
+        )
+        assert text == rendered
