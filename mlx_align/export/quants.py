@@ -2,10 +2,14 @@
 
 Layouts and searches are those of llama.cpp's ggml-quants.c. A search works on groups of 16 or 32
 weights, each with a scale of its own, and looks for the scale with the least weighted squared error.
-Groups are the columns of [group, N] arrays: reductions then add in the reference's order, in float32
-as there, so that the same codes come out.
+Groups are the columns of [group, N] arrays: in numpy, reductions then add in the reference's order, in
+float32 as there, so that the same codes come out. The same functions take MLX arrays, for a GPU, whose
+sums differ in the last bit.
 """
 
+import functools
+import logging
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,13 +23,18 @@ from gguf import GGMLQuantizationType as Type
 from mlx_align.errors import ExportError
 from mlx_align.export.fuse import Packed
 
-# Weights that are worked on at once: few enough for their arrays to stay in a core's cache.
-CHUNK = 1 << 16
+log = logging.getLogger("mlx_align")
+
+# Weights that are worked on at once: few enough for their arrays to stay in a core's cache, and many
+# enough to keep a GPU busy.
+CHUNK, GPU_CHUNK = 1 << 16, 1 << 23
+# A GPU's blocks are taken where so many of their bytes are those of the CPU.
+GPU_AGREEMENT = 0.99
 SUPER_BLOCK = 256
 # Codes of so many bits in MLX's affine quantisation fit those of these types.
 EXACT_BITS = {Type.Q4_1: (2, 3, 4), Type.Q5_1: (2, 3, 4, 5)}
 # A group whose largest weight is below this counts as zero.
-_ZERO = np.float32(1e-15)
+_ZERO = 1e-15
 # More than any block can hold; the squares in the searches stay far from overflow.
 _LARGEST = 32 * 127 * 65504
 # Where the half-precision scales lie in a block.
@@ -50,19 +59,17 @@ def quantise_tensor(
     if importance is not None:
         importance = importance.reshape(-1, width).astype(np.float32, copy=False)
     owner = len(rows) // (1 if importance is None else len(importance))
-    encode = _encoder(kind, importance is not None)
+    encode, gpu = _encoder(kind, importance is not None)
     size = gguf.quant_shape_to_byte_shape((width,), kind)[0]
     out = np.empty((len(rows), size), np.uint8)
-    step = max(1, CHUNK // width)
+    step = max(1, (GPU_CHUNK if gpu else CHUNK) // width)
 
     def fill(start: int) -> None:
         chunk = rows[start : min(start + step, start // owner * owner + owner)]
         peak = np.abs(chunk).max()
         if not np.isfinite(peak):
             raise ExportError(f"{name}: has weights that are not finite numbers")
-        # Divisions by zero are part of the search; where they matter they are masked.
-        with np.errstate(divide="ignore", invalid="ignore", over="ignore", under="ignore"):
-            blocks = encode(chunk, None if importance is None else importance[start // owner])
+        blocks = encode(chunk, None if importance is None else importance[start // owner])
         if (kind in _SCALES and peak > _LARGEST) or not np.isfinite(_halves(blocks, kind)).all():
             raise ExportError(
                 f"{name}: has weights too large for {kind.name}; f32 or bf16 hold them"
@@ -70,8 +77,9 @@ def quantise_tensor(
         out[start : start + len(chunk)] = blocks.view(np.uint8).reshape(len(chunk), size)
 
     starts = [s for o in range(0, len(rows), owner) for s in range(o, o + owner, step)]
+    # A GPU takes one chunk after the other, from the thread that MLX knows.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in pool.map(fill, starts):
+        for _ in map(fill, starts) if gpu else pool.map(fill, starts):
             pass
     dtype = {Type.F32: np.float32, Type.F16: np.float16}.get(kind, np.uint8)
     return out.view(dtype).reshape(*values.shape[:-1], -1)
@@ -103,13 +111,74 @@ def _halves(blocks: np.ndarray, kind: Type) -> np.ndarray:
     return np.ascontiguousarray(blocks[:, _SCALES[kind]]).view(np.float16)
 
 
-def _encoder(kind: Type, weighted: bool) -> Callable:
-    """(float32[rows, width], float32[width] or None) -> blocks."""
-    if kind in _K_QUANTS:
-        return _K_QUANTS[kind]
-    if weighted and kind in _WEIGHTED:
-        return _WEIGHTED[kind]
-    return lambda rows, _: gguf.quants.quantize(rows, kind)
+def _encoder(kind: Type, weighted: bool) -> tuple[Callable, bool]:
+    """(float32[rows, width], float32[width] or None) -> blocks, and whether a GPU makes them."""
+    search = _search(kind, weighted)
+    if search is None:
+        return _on_cpu(lambda rows, _: gguf.quants.quantize(rows, kind)), False
+    if _has_gpu() and _gpu_agrees(kind, weighted):
+        return _on_gpu(search), True
+    return _on_cpu(search), False
+
+
+def _search(kind: Type, weighted: bool) -> Callable | None:
+    """How blocks are made here; None for those that `gguf` makes."""
+    return _K_QUANTS.get(kind) or (_WEIGHTED.get(kind) if weighted else None)
+
+
+def _on_cpu(search: Callable) -> Callable:
+    def encode(rows, importance):
+        # Divisions by zero are part of the search; where they matter they are masked.
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore", under="ignore"):
+            return search(rows, importance)
+
+    return encode
+
+
+@functools.cache
+def _on_gpu(search: Callable) -> Callable:
+    search = mx.compile(search)
+
+    def encode(rows, importance):
+        importance = None if importance is None else mx.array(importance)
+        return np.array(search(mx.array(rows), importance))
+
+    return encode
+
+
+def _has_gpu() -> bool:
+    return mx.default_device() == mx.gpu
+
+
+@functools.cache
+def _gpu_agrees(kind: Type, weighted: bool) -> bool:
+    """Whether the GPU makes the blocks of some made-up weights as the CPU does."""
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((64, 4 * SUPER_BLOCK)).astype(np.float32)
+    importance = rng.exponential(size=rows.shape[1]).astype(np.float32) if weighted else None
+    search = _search(kind, weighted)
+    blocks, expected = (make(search)(rows, importance) for make in (_on_gpu, _on_cpu))
+    equal = np.mean(blocks == expected)
+    if equal < GPU_AGREEMENT:
+        log.warning(
+            "%s: only %.1f %% of what the GPU makes is right, so the CPU makes the blocks",
+            kind.name,
+            100 * equal,
+        )
+    return equal >= GPU_AGREEMENT
+
+
+# -- numpy and MLX ---------------------------------------------------------------------------------
+
+
+def _space(x):
+    """The module whose functions take x."""
+    return mx if isinstance(x, mx.array) else np
+
+
+def _whole(x):
+    """x as one contiguous piece of memory."""
+    return mx.contiguous(x) if isinstance(x, mx.array) else np.ascontiguousarray(x)
 
 
 # -- Scale and minimum: w = scale * code - minimum -------------------------------------------------
@@ -124,202 +193,190 @@ class _Sweep:
     count: int
     absolute: bool = False  # errors count by their size, not by their square
 
-    def spreads(self, top: int) -> list[np.float32]:
+    def spreads(self, top: int) -> list[float]:
+        """In float32, as the reference computes them."""
         first, step = np.float32(self.first), np.float32(self.step)
-        return [first + step * np.float32(i) + np.float32(top) for i in range(self.count + 1)]
+        return [
+            float(first + step * np.float32(i) + np.float32(top)) for i in range(self.count + 1)
+        ]
 
 
 _IMPORTANCE_SWEEP = _Sweep(-0.9, 0.05, 36)
 
 
-def _search_range(x: np.ndarray, w: np.ndarray, top: int, sweep: _Sweep):
+def _search_range(x, w, top: int, sweep: _Sweep):
     """Codes 0..top float32[group, N], scales and minima float32[N] (both >= 0) of weighted groups.
 
     Every spread gives codes, these by least squares a scale and a minimum; the pair with the least
     error stays, and its minimum is where the next spread begins (make_qkx2_quants).
     """
-    low, high = np.minimum(x.min(0), 0), x.max(0)
+    where = _space(x).where
+
+    def fit(minimum, factor):
+        return _round((x - minimum) * factor, 0, top)
+
+    def error(codes, scale, minimum):
+        off = codes * scale + minimum - x
+        return ((abs(off) if sweep.absolute else off * off) * w).sum(0)
+
+    low, high = _space(x).minimum(x.min(0), 0), x.max(0)
     sum_w, sum_x = w.sum(0), (w * x).sum(0)
-    codes, work, other = np.empty_like(x), np.empty_like(x), np.empty_like(x)
-
-    def error(scale, minimum):
-        np.multiply(codes, scale, out=work)
-        np.add(work, minimum, out=work)
-        np.subtract(work, x, out=work)
-        np.abs(work, out=work) if sweep.absolute else np.multiply(work, work, out=work)
-        return np.multiply(work, w, out=work).sum(0)
-
-    flat = high == low
-    minimum, factor = low, np.float32(top) / (high - low)
-    _round(np.subtract(x, minimum, out=codes), factor, 0, top)
+    minimum, factor = low, top / (high - low)
     scale = 1 / factor
-    least = error(scale, minimum)
+    least = error(fit(minimum, factor), scale, minimum)
     chosen = minimum, factor
     for spread in sweep.spreads(top):
         factor = spread / (high - minimum)
-        _round(np.subtract(x, minimum, out=codes), factor, 0, top)
-        sum_l = np.multiply(w, codes, out=work).sum(0)
-        sum_xl = np.multiply(work, x, out=other).sum(0)
-        sum_ll = np.multiply(work, codes, out=work).sum(0)
+        codes = fit(minimum, factor)
+        wl = w * codes
+        sum_l, sum_xl, sum_ll = wl.sum(0), (wl * x).sum(0), (wl * codes).sum(0)
         determinant = sum_w * sum_ll - sum_l * sum_l
         new_scale = (sum_w * sum_xl - sum_x * sum_l) / determinant
         new_minimum = (sum_ll * sum_x - sum_l * sum_xl) / determinant
         above = new_minimum > 0
-        new_minimum[above] = 0
-        new_scale = np.where(above, sum_xl / sum_ll, new_scale)
-        new_error = error(new_scale, new_minimum)
+        new_minimum = where(above, 0.0, new_minimum)
+        new_scale = where(above, sum_xl / sum_ll, new_scale)
+        new_error = error(codes, new_scale, new_minimum)
         better = (determinant > 0) & (new_error < least)
-        chosen = np.where(better, minimum, chosen[0]), np.where(better, factor, chosen[1])
-        least = np.where(better, new_error, least)
-        scale = np.where(better, new_scale, scale)
-        minimum = np.where(better, new_minimum, minimum)
-    _round(np.subtract(x, chosen[0], out=codes), chosen[1], 0, top)
-    codes[:, flat] = 0
-    return codes, np.where(flat, np.float32(0), scale), np.abs(minimum)
+        chosen = where(better, minimum, chosen[0]), where(better, factor, chosen[1])
+        least = where(better, new_error, least)
+        scale = where(better, new_scale, scale)
+        minimum = where(better, new_minimum, minimum)
+    flat = high == low
+    return where(flat, 0.0, fit(*chosen)), where(flat, 0.0, scale), abs(minimum)
 
 
-def _round(values: np.ndarray, factor: np.ndarray, low: int, high: int) -> np.ndarray:
-    """values * factor to whole numbers from low to high, in place; halves go to even ones."""
-    np.multiply(values, factor, out=values)
-    np.rint(values, out=values)
-    np.minimum(values, high, out=values)
-    return np.maximum(values, low, out=values)
+def _round(values, low: float, high: float):
+    """Whole numbers from low to high; halves go to even ones."""
+    return _space(values).clip(_space(values).round(values), low, high)
 
 
-def _even_steps(values: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
+def _even_steps(values, top: int):
     """Values >= 0 [k, n] as codes 0..top of the unit float32[n] that makes the largest `top`."""
     peak = values.max(0)
-    codes = np.where(peak > 0, np.rint(np.float32(top) / peak * values), np.float32(0))
-    return np.minimum(codes, top), peak / np.float32(top)
+    codes = _space(values).where(peak > 0, _round(top / peak * values, 0, top), 0.0)
+    return codes, peak / top
 
 
-def _weighted_steps(values: np.ndarray, top: int, weights: np.ndarray):
+def _weighted_steps(values, top: int, weights):
     """`_even_steps` with the unit that has the least weighted squared error (make_qp_quants)."""
-    peak = values.max(0)
-    factor, least = np.float32(top) / peak, np.full(peak.shape, np.inf, np.float32)
+    where, peak = _space(values).where, values.max(0)
+    factor, least = top / peak, math.inf
     for step in (0, *range(-4, 0), *range(1, 5)):
-        new_factor = (np.float32(0.1) * np.float32(step) + np.float32(top)) / peak
-        off = values - 1 / new_factor * np.minimum(np.rint(new_factor * values), top)
+        new_factor = _shifted(top, step) / peak
+        off = values - 1 / new_factor * _round(new_factor * values, 0, top)
         error = (weights * off * off).sum(0)
         better = error < least
-        factor = np.where(better, new_factor, factor)
-        least = np.where(better, error, least)
-    codes = np.minimum(np.rint(factor * values), top)
-    unit = _descend(values, weights, codes, -np.inf, top)
+        factor = where(better, new_factor, factor)
+        least = where(better, error, least)
+    codes = _round(factor * values, 0, top)
+    codes, unit = _descend(values, weights, codes, -math.inf, top)
     zero = peak < _ZERO
-    codes[:, zero], unit[zero] = 0, 0
-    return codes, unit
+    return where(zero, 0.0, codes), where(zero, 0.0, unit)
 
 
-def _descend(x: np.ndarray, w: np.ndarray, codes: np.ndarray, low: float, high: float):
-    """Change one code after the other where that lessens the error; returns the scales float32[N].
+def _shifted(top: int, step: int) -> float:
+    """So many tenths of a step above the top, in float32."""
+    return float(np.float32(top) + np.float32(0.1) * np.float32(step))
 
-    Changes `codes` [group, N]. Each is set to the value that fits the scale of all others; at most
-    five times through the group.
+
+def _descend(x, w, codes, low: float, high: float):
+    """Change one code after the other where that lessens the error: codes, and scales float32[N].
+
+    Each is set to the value that fits the scale of all others; five times through the group.
     """
+    where = _space(x).where
     sum_xl, sum_ll = (w * x * codes).sum(0), (w * codes * codes).sum(0)
+    codes = list(codes)
     for _ in range(5):
-        changed = False
-        for x_i, w_i, code in zip(x, w, codes, strict=True):
+        for i, (x_i, w_i, code) in enumerate(zip(x, w, codes, strict=True)):
             wx = w_i * x_i
             rest_xl, rest_ll = sum_xl - wx * code, sum_ll - w_i * code * code
-            new = np.rint(x_i * rest_ll / rest_xl).clip(low, high)
+            new = _round(x_i * rest_ll / rest_xl, low, high)
             new_xl, new_ll = rest_xl + wx * new, rest_ll + w_i * new * new
             better = new_xl * new_xl * sum_ll > sum_xl * sum_xl * new_ll
-            better &= (rest_xl > 0) & (rest_ll > 0) & (new != code)
-            if better.any():
-                changed = True
-                np.copyto(code, new, where=better)
-                np.copyto(sum_xl, new_xl, where=better)
-                np.copyto(sum_ll, new_ll, where=better)
-        if not changed:
-            break
-    return np.where(sum_ll > 0, sum_xl / sum_ll, np.float32(0))
+            better = better & (rest_xl > 0) & (rest_ll > 0) & (new != code)
+            codes[i] = where(better, new, code)
+            sum_xl = where(better, new_xl, sum_xl)
+            sum_ll = where(better, new_ll, sum_ll)
+    return _space(x).stack(codes), where(sum_ll > 0, sum_xl / sum_ll, 0.0)
 
 
 # -- Scale alone, codes around zero: w = scale * (code - half) -------------------------------------
 
 
-def _search_signed(x: np.ndarray, w: np.ndarray, half: int):
+def _search_signed(x, w, half: int):
     """Codes -half..half-1 float32[group, N] and scales float32[N] of weighted groups.
 
     The weight furthest from zero gets code -half, or tenths of a step beside it (make_qx_quants).
     """
-    peak = _furthest(x)
+    where, peak = _space(x).where, _furthest(x)
     wx = w * x
-    codes, work = np.empty_like(x), np.empty_like(x)
-    scale, best = np.zeros_like(peak), np.full_like(peak, -np.inf)
-    chosen = np.float32(-half) / peak
+    scale, best, chosen = 0.0, -math.inf, -half / peak
     for step in (0, *range(-9, 0), *range(1, 10)):
-        factor = -(np.float32(half) + np.float32(0.1) * np.float32(step)) / peak
-        np.copyto(codes, x)
-        _round(codes, factor, -half, half - 1)
-        sum_xl = np.multiply(wx, codes, out=work).sum(0)
-        np.multiply(w, codes, out=work)
-        sum_ll = np.multiply(work, codes, out=work).sum(0)
+        factor = -_shifted(half, step) / peak
+        codes = _round(x * factor, -half, half - 1)
+        sum_xl, sum_ll = (wx * codes).sum(0), (w * codes * codes).sum(0)
         new_scale = sum_xl / sum_ll
         better = (sum_ll > 0) & (sum_xl * sum_xl > best * sum_ll)
-        scale = np.where(better, new_scale, scale)
-        best = np.where(better, new_scale * sum_xl, best)
-        chosen = np.where(better, factor, chosen)
-    np.copyto(codes, x)
-    _round(codes, chosen, -half, half - 1)
-    return _zeroed(peak, codes, scale, half)
+        scale = where(better, new_scale, scale)
+        best = where(better, new_scale * sum_xl, best)
+        chosen = where(better, factor, chosen)
+    return _zeroed(peak, _round(x * chosen, -half, half - 1), scale, half)
 
 
-def _descend_signed(x: np.ndarray, w: np.ndarray, half: int):
+def _descend_signed(x, w, half: int):
     """`_search_signed` by changing one code after the other (make_q3_quants)."""
     peak = _furthest(x)
-    codes = _round(x.copy(), np.float32(-half) / peak, -half, half - 1)
-    return _zeroed(peak, codes, _descend(x, w, codes, -half, half - 1), half)
+    codes = _round(x * (-half / peak), -half, half - 1)
+    return _zeroed(peak, *_descend(x, w, codes, -half, half - 1), half)
 
 
 def _zeroed(peak, codes, scale, half):
     """Groups of nothing get the lowest code and the scale 0."""
-    zero = np.abs(peak) < _ZERO
-    codes[:, zero], scale[zero] = -half, 0
-    return codes, scale
+    where, zero = _space(peak).where, abs(peak) < _ZERO
+    return where(zero, float(-half), codes), where(zero, 0.0, scale)
 
 
-def _furthest(x: np.ndarray) -> np.ndarray:
+def _furthest(x):
     """The first of the values furthest from zero in each column."""
-    furthest = x[0].copy()
+    furthest = x[0]
     for row in x[1:]:
-        np.copyto(furthest, row, where=np.abs(row) > np.abs(furthest))
+        furthest = _space(x).where(abs(row) > abs(furthest), row, furthest)
     return furthest
 
 
-def _signed_steps(values: np.ndarray, half: int) -> tuple[np.ndarray, np.ndarray]:
+def _signed_steps(values, half: int):
     """Values [k, n] as codes -half..half-1 of the unit float32[n] that makes the furthest -half."""
     peak = _furthest(values)
-    factor = np.float32(-half) / peak
-    return _zeroed(peak, _round(values.copy(), factor, -half, half - 1), 1 / factor, half)
+    factor = -half / peak
+    return _zeroed(peak, _round(values * factor, -half, half - 1), 1 / factor, half)
 
 
 # -- Blocks ----------------------------------------------------------------------------------------
 
 
-def _columns(rows: np.ndarray, group: int) -> np.ndarray:
-    """float32[rows, width] as groups side by side, [group, N]."""
-    return np.ascontiguousarray(rows.reshape(-1, group).T)
+def _columns(values, size: int):
+    """Runs of so many values side by side, [size, N]: rows as groups, or groups as super-blocks."""
+    return _whole(values.reshape(-1, size).T)
 
 
-def _blocks(codes: np.ndarray, width: int) -> np.ndarray:
+def _blocks(codes, width: int):
     """Codes [group, N] as uint8[n, width], one row a block."""
-    return codes.astype(np.uint8).T.reshape(-1, width)
+    return codes.astype(_space(codes).uint8).T.reshape(-1, width)
 
 
-def _weigh(rows: np.ndarray, group: int, importance: np.ndarray, span: int, factor: float):
+def _weigh(rows, group: int, importance, span: int, factor: float):
     """What errors weigh, [group, N]: importance times sqrt(factor * mean square + square).
 
     `importance` float32[width] is that of a row; the mean is over `span` weights.
     """
-    squares = rows * rows
+    space, squares = _space(rows), rows * rows
     # One after the other, as the reference adds; a plain sum goes by pairs.
-    total = np.cumsum(squares.reshape(-1, span), axis=1)[:, -1]
-    mean = total * np.float32(factor) / np.float32(span)
-    own = np.tile(_columns(importance, group), len(rows))
-    return own * np.sqrt(np.repeat(mean, span // group) + _columns(squares, group))
+    total = space.cumsum(squares.reshape(-1, span), axis=1)[:, -1]
+    mean = total * factor / span
+    own = space.tile(_columns(importance, group), len(rows))
+    return own * space.sqrt(space.repeat(mean, span // group) + _columns(squares, group))
 
 
 def _refit(x, minimum, scale, codes, low, high):
@@ -327,28 +384,33 @@ def _refit(x, minimum, scale, codes, low, high):
 
     Where a scale came to nothing its codes do not matter; the reference keeps those of the search.
     """
-    fitted = x + minimum
-    np.divide(fitted, scale, out=fitted)
-    np.rint(fitted, out=fitted)
-    np.clip(fitted, low, high, out=fitted)
-    return np.where(scale != 0, fitted, codes)
+    return _space(x).where(scale != 0, _round((x + minimum) / scale, low, high), codes)
 
 
-def _pack(codes: np.ndarray, bits: int, run: int) -> np.ndarray:
+def _pack(codes, bits: int, run: int):
     """Codes uint8[n, width] of so many bits in bytes: those `run` apart share one, the first lowest."""
     lanes = codes.reshape(len(codes), -1, 8 // bits, run)
-    packed = lanes[:, :, 0].copy()
+    packed = lanes[:, :, 0]
     for i in range(1, 8 // bits):
-        packed |= lanes[:, :, i] << (bits * i)
+        packed = packed | (lanes[:, :, i] << (bits * i))
     return packed.reshape(len(codes), -1)
 
 
-def _join(*parts: np.ndarray) -> np.ndarray:
+def _join(*parts):
     """Arrays [n, ...] as the bytes of n blocks."""
-    return np.concatenate([np.ascontiguousarray(part).view(np.uint8) for part in parts], 1)
+    space = _space(parts[0])
+    return space.concatenate([_whole(part).view(space.uint8) for part in parts], 1)
 
 
-def _simple_blocks(heads: np.ndarray, codes: np.ndarray, bits: int) -> np.ndarray:
+def _half(values):
+    return values.astype(_space(values).float16)
+
+
+def _single(values):
+    return values.astype(_space(values).float32)
+
+
+def _simple_blocks(heads, codes, bits: int):
     """Blocks of 32 of the types with 4 or 5 bits: heads float16[n, 1 or 2], codes uint8[n, 32]."""
     if bits == 4:
         return _join(heads, _pack(codes, 4, 16))
@@ -361,7 +423,7 @@ def _simple_signed(bits: int) -> Callable:
     def encode(rows, importance):
         x, half = _columns(rows, 32), 1 << (bits - 1)
         codes, scale = _search_signed(x, _weigh(rows, 32, importance, rows.shape[1], 1), half)
-        return _simple_blocks(scale[:, None].astype(np.float16), _blocks(codes + half, 32), bits)
+        return _simple_blocks(_half(scale)[:, None], _blocks(codes + half, 32), bits)
 
     return encode
 
@@ -373,7 +435,7 @@ def _simple_ranged(bits: int) -> Callable:
         x, top = _columns(rows, 32), (1 << bits) - 1
         w = _weigh(rows, 32, importance, rows.shape[1], 1)
         codes, scale, minimum = _search_range(x, w, top, _IMPORTANCE_SWEEP)
-        heads = np.stack([scale, 0 - minimum], 1).astype(np.float16)
+        heads = _half(_space(x).stack([scale, 0 - minimum], 1))
         return _simple_blocks(heads, _blocks(codes, 32), bits)
 
     return encode
@@ -384,30 +446,25 @@ def _fit_ranged(x, w, weighted: bool, top: int, sweep: _Sweep, scale_top: int):
     codes, *found = _search_range(x, w, top, _IMPORTANCE_SWEEP if weighted else sweep)
     groups = SUPER_BLOCK // len(x)
     if weighted:
-        weights = _super_blocks(w.sum(0), groups)
-        steps = [_weighted_steps(_super_blocks(v, groups), scale_top, weights) for v in found]
+        weights = _columns(w.sum(0), groups)
+        steps = [_weighted_steps(_columns(v, groups), scale_top, weights) for v in found]
     else:
-        steps = [_even_steps(_super_blocks(v, groups), scale_top) for v in found]
-    steps = [(c, unit.astype(np.float16)) for c, unit in steps]
-    scale, minimum = ((c * unit.astype(np.float32)).T.ravel() for c, unit in steps)
+        steps = [_even_steps(_columns(v, groups), scale_top) for v in found]
+    steps = [(c, _half(unit)) for c, unit in steps]
+    scale, minimum = ((c * _single(unit)).T.reshape(-1) for c, unit in steps)
     codes = _refit(x, minimum, scale, codes, 0, top)
     (scales, d), (minima, dmin) = steps
     return (
         _blocks(codes, SUPER_BLOCK),
-        scales.T.astype(np.uint8),
-        minima.T.astype(np.uint8),
-        np.stack([d, dmin], 1),
+        _blocks(scales, groups),
+        _blocks(minima, groups),
+        _space(x).stack([d, dmin], 1),
     )
-
-
-def _super_blocks(values: np.ndarray, groups: int) -> np.ndarray:
-    """What groups have, [N], as [groups in a super-block, super-blocks]."""
-    return np.ascontiguousarray(values.reshape(-1, groups).T)
 
 
 def _q2_k(rows, importance):
     x = _columns(rows, 16)
-    w = np.abs(x) if importance is None else _weigh(rows, 16, importance, SUPER_BLOCK, 1)
+    w = abs(x) if importance is None else _weigh(rows, 16, importance, SUPER_BLOCK, 1)
     sweep = _Sweep(-0.5, 0.1, 15, absolute=True)
     codes, scales, minima, units = _fit_ranged(x, w, importance is not None, 3, sweep, 15)
     return _join(scales | (minima << 4), _pack(codes, 2, 32), units)
@@ -417,7 +474,7 @@ def _q45_k(bits: int, sweep: _Sweep) -> Callable:
     def encode(rows, importance):
         x = _columns(rows, 32)
         if importance is None:
-            w = np.sqrt((x * x).sum(0) / np.float32(32)) + np.abs(x)
+            w = _space(x).sqrt((x * x).sum(0) / 32) + abs(x)
         else:
             w = _weigh(rows, 32, importance, SUPER_BLOCK, 2)
         top = (1 << bits) - 1
@@ -437,11 +494,11 @@ def _q3_k(rows, importance):
     x = _columns(rows, 16)
     if importance is None:
         codes, scale = _descend_signed(x, x * x, 4)
-        scales, unit = _signed_steps(_super_blocks(scale, 16), 32)
+        scales, unit = _signed_steps(_columns(scale, 16), 32)
     else:
         w = _weigh(rows, 16, importance, SUPER_BLOCK, 2)
         codes, scale = _search_signed(x, w, 4)
-        scales, unit = _search_signed(_super_blocks(scale, 16), _super_blocks(w.sum(0), 16), 32)
+        scales, unit = _search_signed(_columns(scale, 16), _columns(w.sum(0), 16), 32)
     codes, unit = _fit_signed(x, codes, scales, unit, 4)
     scales = _blocks(scales + 32, 16)
     scales = _join(_pack(scales & 15, 4, 8), _pack(scales >> 4, 2, 4))
@@ -449,22 +506,21 @@ def _q3_k(rows, importance):
 
 
 def _q6_k(rows, importance):
-    x = _columns(rows, 16)
-    w = x * x if importance is None else np.tile(_columns(importance, 16), len(rows))
+    space, x = _space(rows), _columns(rows, 16)
+    w = x * x if importance is None else space.tile(_columns(importance, 16), len(rows))
     codes, scale = _search_signed(x, w, 32)
-    scale = _super_blocks(scale, 16)
+    scale = _columns(scale, 16)
     scales, unit = _signed_steps(scale, 128)
     codes, unit = _fit_signed(x, codes, scales, unit, 32)
     codes = _join(_pack(codes & 15, 4, 64), _pack(codes >> 4, 2, 32))
-    blocks = _join(codes, scales.T.astype(np.int8), unit)
-    blocks[np.abs(scale).max(0) < _ZERO] = 0
-    return blocks
+    blocks = _join(codes, scales.T.astype(space.int8), unit)
+    return space.where((abs(scale).max(0) < _ZERO)[:, None], space.zeros_like(blocks), blocks)
 
 
-def _fit_signed(x, codes, scales, unit, half: int) -> tuple[np.ndarray, np.ndarray]:
+def _fit_signed(x, codes, scales, unit, half: int):
     """Codes from 0 on, uint8[n, 256], for the scales [16, n] of these units, and those float16[n, 1]."""
-    unit = unit.astype(np.float16)
-    scale = (scales * unit.astype(np.float32)).T.ravel()
+    unit = _half(unit)
+    scale = (scales * _single(unit)).T.reshape(-1)
     codes = _refit(x, 0, scale, codes, -half, half - 1)
     return _blocks(codes + half, SUPER_BLOCK), unit[:, None]
 

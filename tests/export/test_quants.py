@@ -103,6 +103,39 @@ def test_chunks_and_stacks_change_nothing(kind, monkeypatch):
     )
 
 
+@pytest.fixture
+def gpu(monkeypatch):
+    """MLX takes the part of a GPU; compiling for the CPU would take minutes."""
+    mx.disable_compile()
+    quants._gpu_agrees.cache_clear()
+    monkeypatch.setattr(quants, "_has_gpu", lambda: True)
+    monkeypatch.setattr(quants, "GPU_CHUNK", 5 * WIDTH)
+    yield
+    quants._gpu_agrees.cache_clear()
+    mx.enable_compile()
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "importance"])
+@pytest.mark.parametrize("rows", KINDS)
+@pytest.mark.parametrize("kind", K_QUANTS)
+def test_blocks_made_by_mlx_are_those_of_llama_cpp(gpu, kind, rows, weighted):
+    rows = make_rows(rows)
+    importance = np.linspace(0.1, 2, WIDTH, dtype=np.float32) if weighted else None
+    assert quants._encoder(kind, weighted)[1]
+    expected = reference_blocks(rows, kind, importance)
+    blocks = quantise_tensor("weight", rows, kind, importance)
+    assert np.mean(blocks == expected) > 0.995
+    assert error(blocks, rows, kind) <= 1.005 * error(expected, rows, kind)
+
+
+def test_a_gpu_that_is_wrong_is_not_used(gpu, monkeypatch, caplog):
+    rows = make_rows("gaussian")
+    expected = quants._on_cpu(quants._q6_k)(rows, None)
+    monkeypatch.setattr(quants, "_on_gpu", lambda search: lambda rows, _: 0 * search(rows, None))
+    assert np.array_equal(quantise_tensor("w", rows, Type.Q6_K), expected.reshape(len(rows), -1))
+    assert "Q6_K: only" in caplog.text and "the CPU makes the blocks" in caplog.text
+
+
 @pytest.mark.parametrize("kind", [Type.F32, Type.F16, Type.BF16])
 def test_plain_types(kind):
     rows = make_rows("gaussian")
