@@ -231,20 +231,23 @@ def export_model(
 ) -> Path:
     """Merge a run's adapter into its model and write it for other programs; returns the path.
 
-    `to` is "mlx", "hf", "gguf", "ollama" or "lmstudio"; `quantize` the GGUF type, `dtype` that of
-    folders, `name` the model's name in Ollama or LM Studio. What rounding costs each weight comes from
-    the file `imatrix` of llama-imatrix, or is measured over the text file `calibrate`. With
-    `adapter_only` the adapter is written without its base, which is called `base_name` there; `to`
-    "peft" is that for "hf". `format` is what LM Studio is given ("mlx" or "gguf"), `system` the system
-    prompt in Ollama. `push` names the repository on the Hub that the result is uploaded to.
+    `to` is "mlx", "hf", "gguf", "ollama" or "lmstudio"; `quantize` the type of the weights in GGUF
+    ("q4_k_m") or MLX ("4bit"), `dtype` that of floats in folders, `name` the model's name in Ollama or
+    LM Studio. What rounding costs each weight comes from the file `imatrix` of llama-imatrix, or is
+    measured over the text file `calibrate`. With `adapter_only` the adapter is written without its base,
+    which is called `base_name` there; `to` "peft" is that for "hf". `format` is what LM Studio is given
+    ("mlx" or "gguf"), `system` the system prompt in Ollama. `push` names the repository on the Hub that
+    the result is uploaded to.
     """
     from mlx_align.export.folder import export_folder
     from mlx_align.export.gguf import export_gguf
     from mlx_align.export.hub import upload
     from mlx_align.export.importance import measure_importance, read_imatrix
+    from mlx_align.export.kept import EXACT, report_kept
     from mlx_align.export.lm_studio import default_format, export_lm_studio, model_folder
+    from mlx_align.export.mlx_quants import BITS
     from mlx_align.export.ollama import create_in_ollama, export_ollama, make_modelfile
-    from mlx_align.export.recipe import FILE_TYPES, UNWEIGHTED
+    from mlx_align.export.recipe import UNWEIGHTED
     from mlx_align.model.load import STORED
     from mlx_align.model.open import open_model
 
@@ -254,15 +257,11 @@ def export_model(
     _check_export(to, name, adapter_only, base_name, format, system, push)
     if to == "lmstudio":
         format = format or default_format()
-    if quantize is None:
-        quantize = "f32" if adapter_only else "f16" if to == "gguf" else "q8_0"
-    if quantize not in FILE_TYPES:
-        raise SettingsError(f"quantize: {quantize!r} is not one of {', '.join(FILE_TYPES)}")
+    quantize = _choose_type(quantize, to, format, adapter_only)
     if imatrix or calibrate:
         if imatrix and calibrate:
             raise SettingsError("imatrix and calibrate: give one importance matrix, not two")
-        gguf = to in ("gguf", "ollama") or format == "gguf"
-        if not gguf or adapter_only or quantize in UNWEIGHTED:
+        if quantize is None or quantize in BITS or adapter_only or quantize in UNWEIGHTED:
             raise SettingsError(
                 f"{'imatrix' if imatrix else 'calibrate'}: only matters to GGUF of other types than "
                 f"{', '.join(UNWEIGHTED)}; choose one with quantize"
@@ -300,10 +299,11 @@ def export_model(
             loaded, path, format=format, quantise=quantize, dtype=dtype, importance=importance
         )
     else:
-        export_folder(loaded, path, flavour=to, dtype=dtype)
+        export_folder(loaded, path, flavour=to, dtype=dtype, bits=BITS.get(quantize))
     card = _card(loaded, source, format or to, path, adapter_only, name, base_name, push)
-    if not adapter_only:
-        _report_kept(loaded, adapter, source, path, quantize)
+    rounded = (quantize or str(dtype or loaded.dtype)).removeprefix("mlx.core.")
+    if adapter and not adapter_only and rounded not in EXACT and "score" not in loaded.model:
+        report_kept(loaded, adapter, source, path)
     if to == "ollama":
         create_in_ollama(path, modelfile, name)
     if push:
@@ -338,12 +338,33 @@ def _check_export(to, name, adapter_only, base_name, format, system, push) -> No
         check_access(push)
 
 
-def _export_name(to: str, name: str, quantize: str, adapter_only: bool) -> str:
+def _choose_type(
+    quantize: str | None, to: str, format: str | None, adapter_only: bool
+) -> str | None:
+    """The type of the weights, by default a fine one; None where they are floats of any type."""
+    from mlx_align.export.mlx_quants import BITS
+    from mlx_align.export.recipe import FILE_TYPES
+
+    if to in ("gguf", "ollama") or format == "gguf":
+        default = "f32" if adapter_only else "f16" if to == "gguf" else "q8_0"
+        types, quantize = tuple(FILE_TYPES), quantize or default
+    else:
+        types = tuple(BITS) if "mlx" in (to, format) and not adapter_only else ()
+    if quantize is None or quantize in types:
+        return quantize
+    if not types:
+        raise SettingsError(
+            "quantize: is for GGUF and for merged models for MLX; here dtype says the type of floats"
+        )
+    raise SettingsError(f"quantize: {quantize!r} is not one of {', '.join(types)}")
+
+
+def _export_name(to: str, name: str, quantize: str | None, adapter_only: bool) -> str:
     """What an export is called in the folder of its run."""
     if to == "gguf":
         return f"{name}-{'adapter' if adapter_only else quantize}.gguf"
     if not adapter_only:
-        return to
+        return f"mlx-{quantize}" if to == "mlx" and quantize else to
     return "peft" if to in ("hf", "peft") else f"{to}-adapter"
 
 
@@ -385,16 +406,6 @@ def _card(loaded, source, form, path, adapter_only, name, base_name, push) -> st
     if path.is_dir():
         write_atomically(path / CARD, card)
     return card
-
-
-def _report_kept(loaded, adapter, source, path, quantize) -> None:
-    """Say what a quantised file keeps of the adapter, if there are both."""
-    from mlx_align.export.kept import report_kept
-
-    file = path if path.is_file() else next(path.glob("*.gguf"), None)
-    if file is None or adapter is None or adapter.kind == "full" or quantize in ("f32", "f16"):
-        return
-    report_kept(loaded, adapter, source, file)
 
 
 def import_model(

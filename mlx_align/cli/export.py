@@ -14,6 +14,7 @@ GGUF_TYPES = (
     "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1",
     "q4_0", "q3_k_m", "q2_k",
 )  # fmt: skip
+MLX_TYPES = ("8bit", "6bit", "5bit", "4bit", "3bit")
 
 
 def commands() -> list[click.Command]:
@@ -63,10 +64,11 @@ def _export() -> click.Command:
             option("--output", help="Where to write. Default: in the run folder, under export/."),
             option(
                 "--quantize",
-                type=click.Choice(GGUF_TYPES),
-                help="Type of the weights in GGUF. Default: f16 for gguf, q8_0 for ollama and "
-                "lmstudio, f32 for an adapter. What no adapter changed of a base in 2 to 4 bits stays "
-                "exact in q4_1, of one in 5 bits in q5_1.",
+                type=click.Choice(GGUF_TYPES + MLX_TYPES),
+                help="Type of the weights: f32 to q2_k in GGUF, 8bit to 3bit for MLX. Default: f16 for "
+                "gguf, q8_0 for ollama and LM Studio's GGUF, floats for MLX, f32 for an adapter. What no "
+                "adapter changed of a base in 2 to 4 bits stays exact in q4_1, of one in 5 bits in q5_1, "
+                "and for MLX in as many bits or more.",
             ),
             option(
                 "--imatrix",

@@ -209,18 +209,24 @@ def language_config(loaded: LoadedModel) -> dict:
 def hugging_face_tensors(loaded: LoadedModel, family: Family) -> Iterator[tuple[str, mx.array]]:
     """(name, array) of every weight as transformers names it; experts one by one."""
     for name, array in fused_tensors(loaded.model):
-        name = name.removeprefix(_PREFIX)
-        if "score" in loaded.model and name.startswith("lm_head."):
+        names = hugging_face_names(family, name, len(array))
+        if "score" in loaded.model and names[0].startswith("lm_head."):
             # A reward model has another head.
             continue
-        block, stack, rest = name.partition(".switch_mlp.")
-        if not stack:
-            yield name, array
-            continue
-        projection, kind = rest.split(".")
-        projection = family.experts.get(projection, projection)
-        for expert in range(array.shape[0]):
-            yield f"{block}.experts.{expert}.{projection}.{kind}", array[expert]
+        if ".switch_mlp." in name:
+            yield from zip(names, array, strict=True)
+        else:
+            yield names[0], array
+
+
+def hugging_face_names(family: Family, name: str, count: int) -> list[str]:
+    """What transformers calls a weight of mlx-lm's: each of its `count` experts by itself."""
+    block, stack, rest = name.removeprefix(_PREFIX).partition(".switch_mlp.")
+    if not stack:
+        return [block]
+    projection, kind = rest.split(".")
+    projection = family.experts.get(projection, projection)
+    return [f"{block}.experts.{expert}.{projection}.{kind}" for expert in range(count)]
 
 
 def gguf_tensors(

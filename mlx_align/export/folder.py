@@ -6,7 +6,8 @@ one by itself. The tokenizer's files are copied as they are.
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,14 +15,18 @@ import mlx.core as mx
 from mlx_align.data.template import added_tokens
 from mlx_align.errors import ExportError
 from mlx_align.export.architectures import (
+    FAMILIES,
     Family,
     find_family,
+    hugging_face_names,
     hugging_face_tensors,
     language_model,
 )
-from mlx_align.export.fuse import fused_tensors
+from mlx_align.export.fuse import Packed, fused_tensors
+from mlx_align.export.mlx_quants import Quantiser
 from mlx_align.files import new_folder, write_json
 from mlx_align.model.config import normalise_config
+from mlx_align.model.files import read_json, weight_files
 from mlx_align.model.load import DTYPES, LoadedModel
 
 TOKENIZER_FILES = (
@@ -33,23 +38,71 @@ SHARD_BYTES = 5 * 2**30
 _SHARED = ("torch_dtype", "dtype", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def export_folder(loaded: LoadedModel, output: Path, *, flavour: str, dtype: str | None) -> Path:
+def export_folder(
+    loaded: LoadedModel,
+    output: Path,
+    *,
+    flavour: str,
+    dtype: str | None,
+    bits: int | None = None,
+) -> Path:
     """Write the model with its adapter merged in as a folder; `flavour` is "mlx" or "hf".
 
-    `dtype` names the type of the weights; by default the one they are stored in.
+    `dtype` names the type of the weights; by default the one they are stored in. With `bits` MLX's are
+    quantised.
     """
     kind = DTYPES[dtype] if dtype else loaded.dtype
-    tensors, config = fused_tensors(loaded.model), fused_config(loaded, kind)
+    config = fused_config(loaded, kind)
     if flavour == "hf":
         family = find_family(loaded, "a Hugging Face folder")
         tensors = hugging_face_tensors(loaded, family)
         config = _transformers_config(loaded, family, config)
+    elif bits is None:
+        tensors = fused_tensors(loaded.model)
+    else:
+        quantiser = Quantiser(loaded, bits, kind)
+        tensors = quantiser.arrays(fused_tensors(loaded.model, packed=True))
+        # mlx-lm reads the one, what looks for Hugging Face's spelling the other.
+        config |= dict.fromkeys(("quantization", "quantization_config"), quantiser.config)
     with new_folder(output) as folder:
         write_shards(folder, _cast(tensors, kind), "pt" if flavour == "hf" else "mlx")
         write_json(folder / "config.json", config)
         write_json(folder / "generation_config.json", generation_config(loaded))
         copy_tokenizer(loaded, folder)
     return output
+
+
+def written_matrices(
+    loaded: LoadedModel, folder: Path
+) -> Iterator[tuple[str, Callable[[], mx.array]]]:
+    """(name, function that reads it) of every matrix of a model in a folder by `export_folder`.
+
+    In float32; names and shapes are the model's own, so those of experts are stacked.
+    """
+    config = read_json(folder / "config.json")
+    quantisation = config.get("quantization", {})
+    files = {name: file for file in weight_files(folder) for name in mx.load(str(file))}
+
+    def stored(name: str) -> mx.array:
+        return mx.load(str(files[name]))[name]
+
+    def read(name: str) -> mx.array:
+        layer = name.removesuffix(".weight")
+        if f"{layer}.scales" not in files:
+            return stored(name).astype(mx.float32)
+        parts = (stored(f"{layer}.{part}") for part in ("weight", "scales", "biases"))
+        size = quantisation.get(layer, quantisation)
+        return Packed(*parts, size["bits"], size["group_size"]).dense()
+
+    def read_all(names: list[str], shape: tuple[int, ...]) -> mx.array:
+        return mx.stack([read(name) for name in names]).reshape(shape)
+
+    for name, array in fused_tensors(loaded.model):
+        if array.ndim > 1:
+            own = [name]
+            if name not in files:
+                own = hugging_face_names(FAMILIES[config["model_type"]], name, len(array))
+            yield name, partial(read_all, own, array.shape)
 
 
 def _cast(tensors, dtype) -> Iterator[tuple[str, mx.array]]:

@@ -1,8 +1,8 @@
-"""Whether a quantised file still does what its adapter taught: a small update can drown in rounding.
+"""Whether an export still does what training taught: a small update can drown in rounding.
 
-With a = log p_aligned - log p_base of a token and e = log p_file - log p_base, the share that is kept is
-sum(e a) / sum(a a): the factor on the adapter's changes that comes nearest to the file's, by least
-squares. It is 1 for a file that computes as the aligned model and 0 for the bare base. What rounding
+With a = log p_aligned - log p_base of a token and e = log p_export - log p_base, the share that is kept
+is sum(e a) / sum(a a): the factor on the adapter's changes that comes nearest to the export's, by least
+squares. It is 1 for an export that computes as the aligned model and 0 for the bare base. What rounding
 changes besides, e - share * a, is noise: it blurs the share by a standard error (White 1980,
 Econometrica 48:817, for noise that differs from token to token).
 """
@@ -22,14 +22,16 @@ from mlx_align.data.template import Example, end_of_turn, make_example
 from mlx_align.evaluate.cases import own_sets
 from mlx_align.evaluate.contender import Contender
 from mlx_align.evaluate.heldout import held_out_sets, is_run
-from mlx_align.export.gguf import written_matrices
+from mlx_align.export import folder, gguf
 from mlx_align.model.adapter import Adapter
-from mlx_align.model.forward import make_batches, token_log_probs
-from mlx_align.model.load import LoadedModel
+from mlx_align.model.forward import choose_layout, make_batches, token_log_probs
+from mlx_align.model.load import STORED, LoadedModel, load_model
 from mlx_align.rollout.sampler import SamplingSettings, prompt_encoder, sample
 
 log = logging.getLogger("mlx_align")
 
+# Types whose rounding no update drowns in.
+EXACT = ("f32", "f16", "float32", "float16")
 # If the share may be less than this, within two standard errors, that is worth a warning.
 ENOUGH = 0.8
 # Held-out rows, or prompts of each set that comes along; tokens of an answer; tokens in all, padding
@@ -45,39 +47,50 @@ class Kept(NamedTuple):
 
 
 def report_kept(loaded: LoadedModel, adapter: Adapter, source: str | Path, path: Path) -> None:
-    """Say how much of what the adapter of a run changed is in a GGUF file of the merged model."""
+    """Say how much of what training changed is in a GGUF file or folder of the merged model."""
     loaded.model.eval()
+    whole = adapter.kind == "full"
+    what = "training" if whole else "the adapter"
     examples = _within(choose_completions(loaded, source), MOST_TOKENS)
     kept = kept_share(loaded, adapter, path, examples)
     count = sum(len(e.completions) for e in examples)
     if kept is None:
-        log.warning("the adapter changes nothing that could be kept (%d completions)", count)
+        log.warning("%s changes nothing that could be kept (%d completions)", what, count)
         return
     error = f", standard error {100 * kept.error:.0f} %" if kept.error >= 0.005 else ""
     log.info(
-        "kept %.0f %% of what the adapter changed (%d completions%s)",
+        "kept %.0f %% of what %s changed (%d completions%s)",
         100 * kept.share,
+        what,
         count,
         error,
     )
     if kept.share - 2 * kept.error < ENOUGH:
         log.warning(
-            "in %s much of what the adapter changed may be lost in rounding: take a finer --quantize, or "
-            "--adapter-only, which leaves the adapter as it is",
+            "in %s much of what %s changed may be lost in rounding: take a finer --quantize%s",
             path.name,
+            what,
+            " or --dtype" if whole else ", or --adapter-only, which leaves the adapter as it is",
         )
 
 
 def kept_share(
     loaded: LoadedModel, adapter: Adapter, path: Path, examples: Sequence[Example]
 ) -> Kept | None:
-    """The share of the adapter's changes of token log-probabilities that a GGUF file keeps.
+    """The share of training's changes of token log-probabilities that a GGUF file or a folder keeps.
 
-    `loaded` wears the adapter. None where the adapter changes nothing.
+    `loaded` wears the adapter; where all weights were trained, its base is loaded beside it. None where
+    nothing changes.
     """
     aligned = _log_probs(loaded, examples)
-    with adapter.off():
-        base = _log_probs(loaded, examples)
+    if adapter.kind == "full":
+        untrained = load_model(loaded.name, STORED)
+        choose_layout(untrained)
+        base = _log_probs(untrained, examples)
+        del untrained
+    else:
+        with adapter.off():
+            base = _log_probs(loaded, examples)
     with _as_written(loaded, path):
         written = _log_probs(loaded, examples)
     return fit_share(aligned - base, written - base)
@@ -138,14 +151,14 @@ def _log_probs(loaded, examples) -> np.ndarray:
 
 @contextlib.contextmanager
 def _as_written(loaded: LoadedModel, path: Path):
-    """While this is open the model computes with the matrices of a GGUF file.
+    """While this is open the model computes with the matrices of a GGUF file or a folder.
 
     Those of the blocks are read when they are used and dropped again, so one is in memory at a time.
     """
     modules = dict(loaded.model.named_modules())
     in_blocks = {id(m) for block in loaded.model.layers for m in block.modules()}
     own, replaced = {}, {}
-    for name, read in written_matrices(loaded, path):
+    for name, read in _matrices(loaded, path):
         layer = name.removesuffix(".weight")
         own[layer] = modules[layer]
         if id(modules[layer]) in in_blocks:
@@ -157,6 +170,13 @@ def _as_written(loaded: LoadedModel, path: Path):
         yield
     finally:
         loaded.model.update_modules(tree_unflatten(list(own.items())))
+
+
+def _matrices(loaded, path):
+    files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
+    if files:
+        return gguf.written_matrices(loaded, files[0])
+    return folder.written_matrices(loaded, path)
 
 
 class _FileLinear(nn.Module):

@@ -11,6 +11,7 @@ import numpy as np
 from mlx_align.errors import ExportError, SettingsError
 from mlx_align.export.folder import export_folder
 from mlx_align.export.gguf import export_gguf
+from mlx_align.export.mlx_quants import BITS
 from mlx_align.files import new_folder
 from mlx_align.model.load import LoadedModel
 
@@ -29,13 +30,14 @@ def export_lm_studio(
     output: Path,
     *,
     format: str,
-    quantise: str,
+    quantise: str | None,
     dtype: str | None,
     importance: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
-    """Write the model as a folder of one of `FORMATS`; `dtype` is for MLX, the others are for GGUF."""
+    """Write the model as a folder of one of `FORMATS`; `dtype` is for MLX, `importance` for GGUF."""
     if format == "mlx":
-        return export_folder(loaded, output, flavour="mlx", dtype=dtype)
+        bits = BITS.get(quantise)
+        return export_folder(loaded, output, flavour="mlx", dtype=dtype, bits=bits)
     with new_folder(output) as folder:
         file = folder / f"{output.name}-{quantise.upper()}.gguf"
         export_gguf(loaded, file, quantise=quantise, importance=importance)

@@ -282,10 +282,12 @@ def test_export_by_importance(demo_run, tmp_path, capsys):
 
 
 def test_export_offers_the_types_there_are():
-    from mlx_align.cli.export import GGUF_TYPES
+    from mlx_align.cli.export import GGUF_TYPES, MLX_TYPES
+    from mlx_align.export.mlx_quants import BITS
     from mlx_align.export.recipe import FILE_TYPES
 
     assert sorted(GGUF_TYPES) == sorted(FILE_TYPES)
+    assert sorted(MLX_TYPES) == sorted(BITS)
 
 
 def test_things_that_are_no_model(tmp_path, capsys):

@@ -11,8 +11,10 @@ from mlx.utils import tree_flatten, tree_map
 
 from mlx_align import api
 from mlx_align.data.template import make_example
+from mlx_align.export.folder import export_folder
 from mlx_align.export.gguf import export_gguf, written_matrices
 from mlx_align.export.kept import choose_completions, fit_share, kept_share
+from mlx_align.model.load import load_model
 from mlx_align.model.open import open_model
 
 HEAD, EMBEDDING, Q = "lm_head", "model.embed_tokens", "self_attn.q_proj"
@@ -58,6 +60,23 @@ def test_an_exact_file_keeps_all_and_the_base_nothing(
     # The model wears its adapter as before.
     assert all(mx.array_equal(before[name], a) for name, a in adapter.weights().items())
     assert kept_share(loaded, adapter, whole, EXAMPLES) == pytest.approx((1, 0), abs=1e-3)
+
+
+@pytest.mark.parametrize("flavour", ["mlx", "hf"])
+@pytest.mark.parametrize(
+    ("family", "settings", "tolerance"),
+    # Only matrices are taken from the folder, and all weights are more than that.
+    [("llama-untied", {}, 1e-3), ("qwen3_moe", {}, 1e-3), ("llama", {"fine_tune": "full"}, 0.2)],
+)
+def test_folders_are_measured_too(model_folder, tmp_path, flavour, family, settings, tolerance):
+    loaded, adapter = adapted(model_folder, tmp_path, family, **settings)
+    whole = export_folder(loaded, tmp_path / "whole", flavour=flavour, dtype=None)
+    bare = export_folder(
+        load_model(loaded.name), tmp_path / "bare", flavour=flavour, dtype="float32"
+    )
+    assert kept_share(loaded, adapter, whole, EXAMPLES) == pytest.approx((1, 0), abs=1e-3)
+    nothing = kept_share(loaded, adapter, bare, EXAMPLES)
+    assert nothing == pytest.approx((0, 0), abs=tolerance)
 
 
 def test_half_an_adapter_is_half_kept(model_folder, tmp_path):
