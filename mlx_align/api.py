@@ -255,8 +255,9 @@ def export_model(
     folder = Path(source).expanduser()
     name = name or folder.resolve().name
     _check_export(to, name, adapter_only, base_name, format, system, push)
-    if to == "lmstudio":
-        format = format or default_format()
+    if to == "lmstudio" and format is None:
+        # Each form has types of its own, so a type says which is meant.
+        format = default_format() if quantize is None else "mlx" if quantize in BITS else "gguf"
     quantize = _choose_type(quantize, to, format, adapter_only)
     if imatrix or calibrate:
         if imatrix and calibrate:

@@ -298,13 +298,18 @@ def test_things_that_are_no_model(tmp_path, capsys):
 
 
 def test_help_answers_at_once():
-    import time
+    import resource
+
+    def seconds():
+        # Of the processor: a busy machine takes longer by the clock.
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
 
     best = 9.0
     for _ in range(3):
-        started = time.perf_counter()
+        started = seconds()
         subprocess.run(
             [sys.executable, "-m", "mlx_align", "--help"], check=True, capture_output=True
         )
-        best = min(best, time.perf_counter() - started)
+        best = min(best, seconds() - started)
     assert best < 0.8

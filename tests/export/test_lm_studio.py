@@ -50,7 +50,13 @@ def test_the_format_goes_by_the_machine(home, adapter, monkeypatch, system, mach
     monkeypatch.setattr(platform, "system", lambda: system)
     monkeypatch.setattr(platform, "machine", lambda: machine)
     assert default_format() == format
-    out = api.export_model(adapter, "lmstudio", quantize="f32")
+    out = api.export_model(adapter, "lmstudio")
+    assert bool(list(out.glob("*.gguf"))) == (format == "gguf")
+
+
+@pytest.mark.parametrize(("quantize", "format"), [("q4_1", "gguf"), ("4bit", "mlx")])
+def test_the_format_goes_by_the_type(home, adapter, quantize, format):
+    out = api.export_model(adapter, "lmstudio", quantize=quantize)
     assert bool(list(out.glob("*.gguf"))) == (format == "gguf")
 
 
