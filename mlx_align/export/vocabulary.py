@@ -34,16 +34,20 @@ _GPT4O = (
     f"{_WORD}{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|{_WORD}{_UPPER}+{_LOWER}*{_CONTRACTIONS}?"
     f"|\\p{{N}}{{1,3}}{_MARKS}[\\r\\n/]*{_SPACES}"
 )
+_SEED_CODER = _QWEN2.replace("\\p{N}| ", "\\p{N}{1}| ").replace(
+    "\\p{N}]+[\\r\\n]*", "\\p{N}\\r\\n]+"
+)
+_MINICPM5 = _LLAMA3.replace("{1,3}", "+")
 _DEEPSEEK_CODER = (
-    "split [\r\n]", "split \\s?\\p{L}+", "split \\s?\\p{P}+",
+    "split [\\r\\n]", "split \\s?\\p{L}+", "split \\s?\\p{P}+",
     "split [\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
 )  # fmt: skip
 _DEEPSEEK_V3 = (
     "split \\p{N}{1,3}",
     "split [\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
     "split [!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+"
-    "|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*"
-    "|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
+    "|[^\\r\\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\\r\\n]*"
+    "|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+",
 )
 
 # How tokenizer.json cuts text (each step in short), and whether merges are skipped for whole words
@@ -55,6 +59,8 @@ PRE_TOKENIZERS = {
     ((f"split {_LLAMA3}", "bytes"), False): "dbrx",
     ((f"split {_QWEN2}", "bytes"), False): "qwen2",
     ((f"split {_QWEN35}", "bytes"), False): "qwen35",
+    ((f"split {_SEED_CODER}", "bytes"), False): "seed-coder",
+    (("split \\p{N}{1,3}", f"split {_MINICPM5}", "bytes"), True): "minicpm5",
     ((f"split {_TEKKEN}", "bytes"), True): "tekken",
     ((f"split {_GPT4O}", "bytes"), False): "gpt-4o",
     ((*_DEEPSEEK_CODER, "digits single", "bytes"), False): "deepseek-coder",
@@ -99,7 +105,10 @@ def read_vocabulary(loaded: LoadedModel) -> Vocabulary:
     else:
         vocabulary = _byte_level(loaded, tokenizer)
     _add_special_ids(loaded, vocabulary)
-    vocabulary.add_bos, vocabulary.add_eos = _added_by_itself(tokenizer)
+    added = _added_by_itself(tokenizer)
+    vocabulary.add_bos, vocabulary.add_eos = "bos" in added, "eos" in added
+    if "bos" in added:
+        vocabulary.special["bos"] = added["bos"]
     vocabulary.rstrip = _strips_right(tokenizer)
     vocabulary.chat_template = loaded.template.source if loaded.template is not None else None
     return vocabulary
@@ -304,7 +313,9 @@ def pre_tokenizer_name(tokenizer: dict, model_name: str) -> str:
         kind = step["type"]
         if kind == "Split":
             pattern = step["pattern"]
-            described.append(f"split {pattern.get('Regex', pattern.get('String'))}")
+            # A line's end in a pattern may stand there as itself or in an escaped form.
+            pattern = pattern.get("Regex", pattern.get("String"))
+            described.append("split " + pattern.replace("\r", "\\r").replace("\n", "\\n"))
             # The patterns leave nothing between their matches, so removing that changes nothing.
             how = (step["behavior"], step.get("invert", False))
             if how not in (("Isolated", False), ("Removed", True)):
@@ -340,13 +351,14 @@ def _merges_make_every_token(tokenizer: dict) -> bool:
     return all(e.ids == [vocab[token]] for e, token in zip(encoded, tokens, strict=True))
 
 
-def _added_by_itself(tokenizer) -> tuple[bool, bool]:
-    """Whether the tokenizer puts a BOS before, and an EOS behind, every text."""
+def _added_by_itself(tokenizer) -> dict[str, int]:
+    """The ids that the tokenizer puts before ("bos") and behind ("eos") every text."""
     for step in _steps(tokenizer, "post_processor"):
         if step["type"] == "TemplateProcessing":
-            pieces = step["single"]
-            return "SpecialToken" in pieces[0], "SpecialToken" in pieces[-1]
-    return False, False
+            pieces = {"bos": step["single"][0], "eos": step["single"][-1]}
+            names = {k: p["SpecialToken"]["id"] for k, p in pieces.items() if "SpecialToken" in p}
+            return {k: step["special_tokens"][name]["ids"][0] for k, name in names.items()}
+    return {}
 
 
 def _add_special_ids(loaded, vocabulary) -> None:

@@ -7,7 +7,7 @@ import pytest
 import tiny
 from llama_cpp import Server
 from test_gguf import TEXTS
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors, trainers
 
 from mlx_align.errors import ExportError
 from mlx_align.export.gguf import export_gguf
@@ -42,6 +42,10 @@ DEEPSEEK = (
     "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"
 )
 MARKS = tiny.QWEN2_SPLIT.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"\s\p{L}", r"\s\p{L}\p{M}")
+SEED = (
+    "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1}| ?[^\\s\\p{L}\\p{N}\r\n]+"
+    "|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"
+)
 # llama.cpp's name -> how published tokenizers of that kind cut, and whether they ignore merges
 CUTS = {
     "gpt-2": ([{**BYTES, "use_regex": True}], False),
@@ -52,6 +56,11 @@ CUTS = {
     "qwen35": ([split(MARKS), CUT_BYTES], False),
     "tekken": ([split(NEMO), CUT_BYTES], True),
     "gpt-4o": ([split(O200K), CUT_BYTES], False),
+    "seed-coder": ([split(SEED), CUT_BYTES], False),
+    "minicpm5": (
+        [split(r"\p{N}{1,3}"), split(tiny.LLAMA3_SPLIT.replace("{1,3}", "+")), CUT_BYTES],
+        True,
+    ),
     "deepseek-coder": (
         [split("[\r\n]"), split(r"\s?\p{L}+"), split(r"\s?\p{P}+"), HAN, DIGITS, CUT_BYTES],
         False,
@@ -117,6 +126,23 @@ def test_whether_merges_are_ignored_matters_only_where_some_are_missing(
     server = Server(export_gguf(loaded, tmp_path / "m.gguf"))
     for text in TEXTS:
         assert server.tokenize(text) == list(loaded.tokenizer.encode(text)), text
+
+
+def test_the_beginning_is_what_the_tokenizer_puts_there(whole, model_folder, tmp_path):
+    """Whatever its config calls BOS."""
+    shutil.copytree(model_folder("llama", vocab_size=910), tmp_path, dirs_exist_ok=True)
+    tokenizer = Tokenizer.from_str(json.dumps({**whole, "pre_tokenizer": CUTS["gpt-2"][0][0]}))
+    tokenizer.add_special_tokens(["<begin>", "<other>"])
+    begin = tokenizer.token_to_id("<begin>")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<begin> $A", special_tokens=[("<begin>", begin)]
+    )
+    tiny.write_tokenizer(tmp_path, tokenizer, "<other>", "<|end|>")
+    loaded = load_model(str(tmp_path))
+    own = list(loaded.tokenizer.encode("Hi"))
+    assert own[0] == begin
+    server = Server(export_gguf(loaded, tmp_path / "m.gguf"))
+    assert server.tokenize("Hi", add_special=True) == own
 
 
 def test_added_tokens_keep_their_spelling(whole, model_folder, tmp_path):
