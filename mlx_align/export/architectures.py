@@ -49,7 +49,8 @@ class Family:
     partial_rotary: bool = False
     activation: str = "silu"
     scalings: tuple[str, ...] = ("linear", "yarn")
-    window: str = "ignored"  # or "optional": ignored, and off by default; "kept"
+    # Or "optional": ignored, and off by default; "written", but switched off in llama.cpp; "kept".
+    window: str = "ignored"
     experts: dict[str, str] = field(default_factory=dict)
     keys: dict[str, tuple[str, int | float | None]] = field(default_factory=dict)
     refusals: Callable[[dict], Iterator[str]] = lambda config: iter(())
@@ -167,6 +168,7 @@ FAMILIES = {
         "Phi3",
         fixed_head_dim=True,
         partial_rotary=True,
+        window="written",
         scalings=("linear", "longrope"),
         keys={"sliding_window": (_WINDOW, 0)},
     ),
@@ -377,6 +379,14 @@ def check_config(loaded: LoadedModel, family: Family, config: dict) -> None:
             loaded.name,
             config["original_max_position_embeddings"],
         )
+    window = _window(family, config)
+    if window and family.window == "written":
+        log.warning(
+            "%s: mlx-lm and llama.cpp let a token see all tokens before it, transformers only the last "
+            "%d; their answers to longer texts differ",
+            loaded.name,
+            window,
+        )
     refused = [*_refusals(family, config), *family.refusals(config)]
     if refused:
         raise ExportError(
@@ -410,11 +420,17 @@ def _refusals(family, config):
     for name in ("hidden_act", "hidden_activation"):
         if config.get(name, family.activation) != family.activation:
             yield f"{name} {config[name]}"
-    window, context = config.get("sliding_window"), config.get("max_position_embeddings") or 0
-    used = config.get("use_sliding_window", family.window != "optional")
-    mixed = "sliding_attention" in (config.get("layer_types") or [])
-    if window and window < context and family.window != "kept" and (used or mixed):
+    window, context = _window(family, config), config.get("max_position_embeddings")
+    if window and family.window in ("ignored", "optional"):
         yield (
             f"a sliding window of {window} in a context of {context} (for texts up to {window} tokens, "
             "set max_position_embeddings to that in config.json)"
         )
+
+
+def _window(family, config) -> int:
+    """How many tokens a token sees at most, 0 where that is the whole context."""
+    window, context = config.get("sliding_window") or 0, config.get("max_position_embeddings") or 0
+    used = config.get("use_sliding_window", family.window != "optional")
+    mixed = "sliding_attention" in (config.get("layer_types") or [])
+    return window if window < context and (used or mixed) else 0

@@ -5,12 +5,14 @@ llama.cpp knows by name, and SentencePiece-like BPE with byte fallback ("llama")
 """
 
 import contextlib
+import itertools
 import json
 import logging
 import re
 from dataclasses import dataclass, field
 
 from gguf import GGUFWriter, TokenType
+from tokenizers import Tokenizer, models
 
 from mlx_align.data.template import end_of_turn
 from mlx_align.errors import ExportError
@@ -32,16 +34,20 @@ _GPT4O = (
     f"{_WORD}{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|{_WORD}{_UPPER}+{_LOWER}*{_CONTRACTIONS}?"
     f"|\\p{{N}}{{1,3}}{_MARKS}[\\r\\n/]*{_SPACES}"
 )
+_SEED_CODER = _QWEN2.replace("\\p{N}| ", "\\p{N}{1}| ").replace(
+    "\\p{N}]+[\\r\\n]*", "\\p{N}\\r\\n]+"
+)
+_MINICPM5 = _LLAMA3.replace("{1,3}", "+")
 _DEEPSEEK_CODER = (
-    "split [\r\n]", "split \\s?\\p{L}+", "split \\s?\\p{P}+",
+    "split [\\r\\n]", "split \\s?\\p{L}+", "split \\s?\\p{P}+",
     "split [\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
 )  # fmt: skip
 _DEEPSEEK_V3 = (
     "split \\p{N}{1,3}",
     "split [\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
     "split [!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+"
-    "|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*"
-    "|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
+    "|[^\\r\\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\\r\\n]*"
+    "|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+",
 )
 
 # How tokenizer.json cuts text (each step in short), and whether merges are skipped for whole words
@@ -53,6 +59,8 @@ PRE_TOKENIZERS = {
     ((f"split {_LLAMA3}", "bytes"), False): "dbrx",
     ((f"split {_QWEN2}", "bytes"), False): "qwen2",
     ((f"split {_QWEN35}", "bytes"), False): "qwen35",
+    ((f"split {_SEED_CODER}", "bytes"), False): "seed-coder",
+    (("split \\p{N}{1,3}", f"split {_MINICPM5}", "bytes"), True): "minicpm5",
     ((f"split {_TEKKEN}", "bytes"), True): "tekken",
     ((f"split {_GPT4O}", "bytes"), False): "gpt-4o",
     ((*_DEEPSEEK_CODER, "digits single", "bytes"), False): "deepseek-coder",
@@ -97,7 +105,10 @@ def read_vocabulary(loaded: LoadedModel) -> Vocabulary:
     else:
         vocabulary = _byte_level(loaded, tokenizer)
     _add_special_ids(loaded, vocabulary)
-    vocabulary.add_bos, vocabulary.add_eos = _added_by_itself(tokenizer)
+    added = _added_by_itself(tokenizer)
+    vocabulary.add_bos, vocabulary.add_eos = "bos" in added, "eos" in added
+    if "bos" in added:
+        vocabulary.special["bos"] = added["bos"]
     vocabulary.rstrip = _strips_right(tokenizer)
     vocabulary.chat_template = loaded.template.source if loaded.template is not None else None
     return vocabulary
@@ -132,6 +143,11 @@ def _steps(tokenizer: dict, part: str) -> list[dict]:
     return whole[inside] if whole["type"] == "Sequence" else [whole]
 
 
+def _merges(model: dict) -> list[tuple[str, str]]:
+    """The pairs that are merged, the first ones first."""
+    return [tuple(m.split(" ", 1) if isinstance(m, str) else m) for m in model["merges"]]
+
+
 def _byte_level(loaded, tokenizer) -> Vocabulary:
     changes = [s["type"] for s in _steps(tokenizer, "normalizer") if s["type"] != "NFC"]
     if changes:
@@ -139,9 +155,9 @@ def _byte_level(loaded, tokenizer) -> Vocabulary:
             f"{loaded.name}: its tokenizer changes texts ({', '.join(changes)}), which llama.cpp does not"
         )
     vocabulary = Vocabulary("gpt2", pre_tokenizer_name(tokenizer, loaded.name))
-    merges = tokenizer["model"]["merges"]
-    pairs = [m.split(" ", 1) if isinstance(m, str) else m for m in merges]
-    vocabulary.merges = [" ".join(part.replace(" ", "Ġ") for part in pair) for pair in pairs]
+    vocabulary.merges = [
+        " ".join(part.replace(" ", "Ġ") for part in pair) for pair in _merges(tokenizer["model"])
+    ]
     _add_tokens(vocabulary, loaded, tokenizer, lambda token, _: (TokenType.NORMAL, 0.0))
     return vocabulary
 
@@ -229,21 +245,25 @@ _LOWEST = -1e6
 
 def _scores(loaded, model) -> dict[int, float]:
     """The pieces' scores: SentencePiece's own, or ones that give the order of the merges."""
+    made = [left + right for left, right in _merges(model)]
     path = loaded.path / "tokenizer.model"
     if path.is_file():
         import sentencepiece
 
         processor = sentencepiece.SentencePieceProcessor()
-        # A file of another format or vocabulary says nothing about this one.
+        # A file of another format or vocabulary says nothing about this one, and where only that file
+        # is there, transformers puts the merges of spaces in an order of its own.
         with contextlib.suppress(OSError, RuntimeError):
             processor.LoadFromFile(str(path))
         ids = range(processor.vocab_size())
         if ids and all(model["vocab"].get(processor.IdToPiece(i)) == i for i in ids):
-            return {i: processor.GetScore(i) for i in ids}
+            scores = {i: processor.GetScore(i) for i in ids}
+            order = [scores.get(model["vocab"][token], 0.0) for token in made]
+            if all(a >= b for a, b in itertools.pairwise(order)):
+                return scores
     rank: dict[str, int] = {}
-    for order, merge in enumerate(model["merges"]):
-        left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
-        rank.setdefault(left + right, order)
+    for order, token in enumerate(made):
+        rank.setdefault(token, order)
     return {i: -float(rank[token]) for token, i in model["vocab"].items() if token in rank}
 
 
@@ -260,7 +280,8 @@ def _add_tokens(vocabulary, loaded, tokenizer, kind) -> None:
             token_type = TokenType.CONTROL if special else TokenType.USER_DEFINED
             if vocabulary.model == "llama" and token == unknown:
                 token_type = TokenType.UNKNOWN
-            elif not special:
+            elif vocabulary.model == "llama" and not special:
+                # It is looked for before spaces are replaced.
                 token = token.replace("▁", " ")
             score = -1000.0
         elif i in by_id:
@@ -292,7 +313,9 @@ def pre_tokenizer_name(tokenizer: dict, model_name: str) -> str:
         kind = step["type"]
         if kind == "Split":
             pattern = step["pattern"]
-            described.append(f"split {pattern.get('Regex', pattern.get('String'))}")
+            # A line's end in a pattern may stand there as itself or in an escaped form.
+            pattern = pattern.get("Regex", pattern.get("String"))
+            described.append("split " + pattern.replace("\r", "\\r").replace("\n", "\\n"))
             # The patterns leave nothing between their matches, so removing that changes nothing.
             how = (step["behavior"], step.get("invert", False))
             if how not in (("Isolated", False), ("Removed", True)):
@@ -305,23 +328,37 @@ def pre_tokenizer_name(tokenizer: dict, model_name: str) -> str:
             described.append("digits single" if step["individual_digits"] else "digits")
         else:
             described.append(kind)
-    key = (tuple(described), bool(tokenizer["model"].get("ignore_merges")))
-    if key not in PRE_TOKENIZERS:
+    steps, whole_words = tuple(described), bool(tokenizer["model"].get("ignore_merges"))
+    name = PRE_TOKENIZERS.get((steps, whole_words))
+    other = PRE_TOKENIZERS.get((steps, not whole_words))
+    if name is None and other is not None and _merges_make_every_token(tokenizer):
+        name = other
+    if name is None:
         raise ExportError(
             f"{model_name}: llama.cpp's name for this tokenizer's way of cutting text is not known, "
             f"and a wrong one would give wrong tokens. Its steps: {'; '.join(described)}; "
-            f"ignore_merges: {key[1]}"
+            f"ignore_merges: {whole_words}"
         )
-    return PRE_TOKENIZERS[key]
+    return name
 
 
-def _added_by_itself(tokenizer) -> tuple[bool, bool]:
-    """Whether the tokenizer puts a BOS before, and an EOS behind, every text."""
+def _merges_make_every_token(tokenizer: dict) -> bool:
+    """Whether it is all the same if merges are skipped for words that are a token as a whole."""
+    vocab, added = tokenizer["model"]["vocab"], {a["content"] for a in tokenizer["added_tokens"]}
+    tokens = [token for token in vocab if token not in added]
+    merging = Tokenizer(models.BPE(vocab, _merges(tokenizer["model"])))
+    encoded = merging.encode_batch_fast(tokens, add_special_tokens=False)
+    return all(e.ids == [vocab[token]] for e, token in zip(encoded, tokens, strict=True))
+
+
+def _added_by_itself(tokenizer) -> dict[str, int]:
+    """The ids that the tokenizer puts before ("bos") and behind ("eos") every text."""
     for step in _steps(tokenizer, "post_processor"):
         if step["type"] == "TemplateProcessing":
-            pieces = step["single"]
-            return "SpecialToken" in pieces[0], "SpecialToken" in pieces[-1]
-    return False, False
+            pieces = {"bos": step["single"][0], "eos": step["single"][-1]}
+            names = {k: p["SpecialToken"]["id"] for k, p in pieces.items() if "SpecialToken" in p}
+            return {k: step["special_tokens"][name]["ids"][0] for k, name in names.items()}
+    return {}
 
 
 def _add_special_ids(loaded, vocabulary) -> None:

@@ -152,7 +152,6 @@ WINDOW = {"sliding_window": 64}
         ("qwen3", {**WINDOW, "use_sliding_window": True}, "a sliding window of 64 in a context"),
         ("smollm3", {"no_rope_layers": [1, 1, 0, 1]}, "no_rope_layers other than every fourth"),
         ("smollm3", {"attention_bias": True}, "attention_bias"),
-        ("phi3", WINDOW, "a sliding window of 64 in a context of 512"),
         ("phi3", {"head_dim": 32}, "a head dimension of 32 that is not hidden size / heads"),
         ("mixtral", WINDOW, "a sliding window of 64 in a context of 512"),
         ("mixtral", {"head_dim": 32}, "a head dimension of 32"),
@@ -189,6 +188,19 @@ def test_windows_that_are_off_or_never_reached_are_no_reason_to_refuse(model_fol
         loaded = load_model(str(model_folder(family)))
         loaded.config = {**loaded.config, **changes}
         assert export_gguf(loaded, tmp_path / f"{family}.gguf").exists()
+
+
+def test_a_window_that_llama_cpp_has_switched_off_is_written_and_told_of(
+    model_folder, tmp_path, caplog
+):
+    loaded = load_model(str(model_folder("phi3")))
+    loaded.config = {**loaded.config, **WINDOW}
+    keys, _ = fields(export_gguf(loaded, tmp_path / "m.gguf"))
+    assert keys["phi3.attention.sliding_window"] == 64
+    assert "transformers only the last 64" in caplog.text
+    expected = log_probs(loaded)
+    found = Server(tmp_path / "m.gguf").all_log_probs(IDS, len(expected))
+    assert np.abs(found - expected).max() < 0.02
 
 
 def test_long_factors_for_short_texts_are_told_of(model_folder, tmp_path, caplog):

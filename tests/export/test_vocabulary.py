@@ -7,7 +7,7 @@ import pytest
 import tiny
 from llama_cpp import Server
 from test_gguf import TEXTS
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors, trainers
 
 from mlx_align.errors import ExportError
 from mlx_align.export.gguf import export_gguf
@@ -42,6 +42,10 @@ DEEPSEEK = (
     "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"
 )
 MARKS = tiny.QWEN2_SPLIT.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"\s\p{L}", r"\s\p{L}\p{M}")
+SEED = (
+    "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1}| ?[^\\s\\p{L}\\p{N}\r\n]+"
+    "|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"
+)
 # llama.cpp's name -> how published tokenizers of that kind cut, and whether they ignore merges
 CUTS = {
     "gpt-2": ([{**BYTES, "use_regex": True}], False),
@@ -52,6 +56,11 @@ CUTS = {
     "qwen35": ([split(MARKS), CUT_BYTES], False),
     "tekken": ([split(NEMO), CUT_BYTES], True),
     "gpt-4o": ([split(O200K), CUT_BYTES], False),
+    "seed-coder": ([split(SEED), CUT_BYTES], False),
+    "minicpm5": (
+        [split(r"\p{N}{1,3}"), split(tiny.LLAMA3_SPLIT.replace("{1,3}", "+")), CUT_BYTES],
+        True,
+    ),
     "deepseek-coder": (
         [split("[\r\n]"), split(r"\s?\p{L}+"), split(r"\s?\p{P}+"), HAN, DIGITS, CUT_BYTES],
         False,
@@ -64,9 +73,8 @@ CUTS = {
 
 
 @pytest.fixture(scope="module")
-def uncut():
-    """A tokenizer.json whose merges cross every boundary, so that a wrong cut gives other ids; the last
-    of them are left out, so that only those who ignore merges find what they make."""
+def whole():
+    """A tokenizer.json whose merges cross every boundary, so that a wrong cut gives other ids."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -74,9 +82,13 @@ def uncut():
         vocab_size=900, initial_alphabet=alphabet, show_progress=False, special_tokens=["<|end|>"]
     )
     tokenizer.train_from_iterator(tiny.CORPUS * 3 + [" ".join(TEXTS)] * 9, trainer)
-    written = json.loads(tokenizer.to_str())
-    written["model"]["merges"] = written["model"]["merges"][:-100]
-    return written
+    return json.loads(tokenizer.to_str())
+
+
+@pytest.fixture(scope="module")
+def uncut(whole):
+    """`whole` without its last merges, so that only those who ignore merges find what they make."""
+    return {**whole, "model": {**whole["model"], "merges": whole["model"]["merges"][:-100]}}
 
 
 def save(tokenizer, folder):
@@ -95,6 +107,56 @@ def test_llama_cpp_cuts_as_the_tokenizer_does(uncut, model_folder, tmp_path, nam
     server = Server(export_gguf(loaded, tmp_path / "m.gguf"))
     for text in TEXTS:
         assert server.tokenize(text) == list(loaded.tokenizer.encode(text)), text
+
+
+@pytest.mark.parametrize(("name", "ignores"), [("tekken", False), ("qwen2", True)])
+def test_whether_merges_are_ignored_matters_only_where_some_are_missing(
+    whole, uncut, model_folder, tmp_path, name, ignores
+):
+    shutil.copytree(model_folder("llama", vocab_size=900), tmp_path, dirs_exist_ok=True)
+    before = {"type": "Sequence", "pretokenizers": CUTS[name][0]}
+
+    def saved(tokenizer):
+        model = {**tokenizer["model"], "ignore_merges": ignores}
+        return save({**tokenizer, "model": model, "pre_tokenizer": before}, tmp_path)
+
+    with pytest.raises(ExportError, match=f"ignore_merges: {ignores}"):
+        read_vocabulary(saved(uncut))
+    loaded = saved(whole)
+    server = Server(export_gguf(loaded, tmp_path / "m.gguf"))
+    for text in TEXTS:
+        assert server.tokenize(text) == list(loaded.tokenizer.encode(text)), text
+
+
+def test_the_beginning_is_what_the_tokenizer_puts_there(whole, model_folder, tmp_path):
+    """Whatever its config calls BOS."""
+    shutil.copytree(model_folder("llama", vocab_size=910), tmp_path, dirs_exist_ok=True)
+    tokenizer = Tokenizer.from_str(json.dumps({**whole, "pre_tokenizer": CUTS["gpt-2"][0][0]}))
+    tokenizer.add_special_tokens(["<begin>", "<other>"])
+    begin = tokenizer.token_to_id("<begin>")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<begin> $A", special_tokens=[("<begin>", begin)]
+    )
+    tiny.write_tokenizer(tmp_path, tokenizer, "<other>", "<|end|>")
+    loaded = load_model(str(tmp_path))
+    own = list(loaded.tokenizer.encode("Hi"))
+    assert own[0] == begin
+    server = Server(export_gguf(loaded, tmp_path / "m.gguf"))
+    assert server.tokenize("Hi", add_special=True) == own
+
+
+def test_added_tokens_keep_their_spelling(whole, model_folder, tmp_path):
+    """As those of DeepSeek's distilled models, in which a bar is no space."""
+    shutil.copytree(model_folder("llama", vocab_size=910), tmp_path, dirs_exist_ok=True)
+    tokens = ["<｜tool▁sep｜>", "<think>"]
+    before = {"type": "Sequence", "pretokenizers": CUTS["qwen2"][0]}
+    tokenizer = Tokenizer.from_str(json.dumps({**whole, "pre_tokenizer": before}))
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
+    loaded = save(json.loads(tokenizer.to_str()), tmp_path)
+    text = "a<｜tool▁sep｜> <think>\nb ▁"
+    own = list(loaded.tokenizer.encode(text))
+    assert set(loaded.tokenizer.convert_tokens_to_ids(tokens)) < set(own)
+    assert Server(export_gguf(loaded, tmp_path / "m.gguf")).tokenize(text) == own
 
 
 @pytest.mark.parametrize(
@@ -200,6 +262,23 @@ def test_scores_of_another_vocabulary_are_not_taken(sentencepiece_model, tmp_pat
     for text in tiny.CORPUS:
         own = list(loaded.tokenizer.encode(text, add_special_tokens=False))
         assert server.tokenize(text) == own
+
+
+def test_scores_in_another_order_than_the_merges_are_not_taken(shared, model_folder, tmp_path):
+    """Where there is only tokenizer.model, transformers merges spaces before everything else."""
+    shape = {"hidden_size": 32, "intermediate_size": 32}
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder("llama", vocab_size=32000, **shape), folder)
+    (folder / "tokenizer.json").unlink()
+    shutil.copy(shared("vocab/llama2_tokenizer.model"), folder / "tokenizer.model")
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "unk_token": "<unk>"}))
+    loaded = load_model(str(folder))
+    server = Server(export_gguf(loaded, tmp_path / "m.gguf"))
+    for text in (text for text in TEXTS if text and text[0] != " "):
+        assert server.tokenize(text) == list(
+            loaded.tokenizer.encode(text, add_special_tokens=False)
+        ), text
 
 
 def with_phi3_tokens(tokenizer):
