@@ -1,10 +1,10 @@
 """Fused model folders, for mlx-lm and for Hugging Face transformers.
 
 They differ in the names of experts, and in that transformers gets the language model of a multimodal
-one by itself. The tokenizer's files are copied as they are.
+one by itself. The tokenizer's files are copied as they are, and so is the licence.
 """
 
-import json
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -22,12 +22,14 @@ from mlx_align.export.architectures import (
 from mlx_align.export.fuse import fused_tensors
 from mlx_align.files import new_folder, write_json
 from mlx_align.model.config import normalise_config
+from mlx_align.model.files import read_json
 from mlx_align.model.load import DTYPES, LoadedModel
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model",
     "added_tokens.json", "vocab.json", "merges.txt", "*.tiktoken", "chat_template.jinja",
 )  # fmt: skip
+LICENCE_FILES = re.compile(r"(licen[cs]e|notice|use_policy).*", re.IGNORECASE)
 SHARD_BYTES = 5 * 2**30
 # What the config of a multimodal model says for its language model too.
 _SHARED = ("torch_dtype", "dtype", "bos_token_id", "eos_token_id", "pad_token_id")
@@ -49,7 +51,14 @@ def export_folder(loaded: LoadedModel, output: Path, *, flavour: str, dtype: str
         write_json(folder / "config.json", config)
         write_json(folder / "generation_config.json", generation_config(loaded))
         copy_tokenizer(loaded, folder)
+        for file in licence_files(loaded.path):
+            shutil.copyfile(file, folder / file.name)
     return output
+
+
+def licence_files(folder: Path) -> list[Path]:
+    """What a model's folder says of how it may be used, the licence itself first."""
+    return sorted(f for f in folder.iterdir() if LICENCE_FILES.fullmatch(f.name) and f.is_file())
 
 
 def _cast(tensors, dtype) -> Iterator[tuple[str, mx.array]]:
@@ -139,7 +148,7 @@ def _classifier(loaded: LoadedModel, family: Family) -> dict:
 def generation_config(loaded: LoadedModel) -> dict:
     """The base's generation settings, ending at every id that the model was trained to end with."""
     path = loaded.path / "generation_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    config = read_json(path) if path.is_file() else {}
     ends = end_ids(loaded)
     if ends:
         config["eos_token_id"] = ends if len(ends) > 1 else ends[0]
@@ -177,5 +186,4 @@ def copy_tokenizer(loaded: LoadedModel, folder: Path) -> None:
         (folder / "chat_template.jinja").write_text(source, encoding="utf-8")
         path = folder / "tokenizer_config.json"
         if path.exists():
-            config = json.loads(path.read_text(encoding="utf-8"))
-            write_json(path, {**config, "chat_template": source})
+            write_json(path, {**read_json(path), "chat_template": source})
