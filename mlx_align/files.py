@@ -85,8 +85,11 @@ def sync_folder(folder: Path) -> None:
 
 
 def replace_folder(temporary: Path, final: Path) -> None:
-    """Move a finished folder to its place; what stood there is removed first."""
+    """Move a finished folder to its place; what stood there is moved away whole, then removed."""
+    former = final.with_name(f".{final.name}.old.tmp")
+    shutil.rmtree(former, ignore_errors=True)
     if final.exists():
-        shutil.rmtree(final)
+        os.replace(final, former)
     os.replace(temporary, final)
     sync_folder(final.parent)
+    shutil.rmtree(former, ignore_errors=True)

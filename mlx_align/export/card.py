@@ -191,15 +191,19 @@ def _compared(path: Path) -> list[str]:
 
 def _table(headers, rows) -> str:
     lines = [headers, ["---"] * len(headers), *rows]
-    cells = ([str(cell).replace("|", "\\|") for cell in line] for line in lines)
+    cells = ([" ".join(str(cell).split()).replace("|", "\\|") for cell in line] for line in lines)
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def _shown(value) -> str:
-    """A setting without the folders of this machine."""
-    if isinstance(value, str) and Path(value).is_absolute():
-        value = Path(value).name
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    """A setting without the folders of this machine; a name may have something before or behind it, as
+    in judge:MODEL and REWARD:0.5."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_shown, value))
+    return _FOLDERS.sub(r"\1", str(value))
+
+
+_FOLDERS = re.compile(r"(^|[:=])(?!//)(?:~[^/]*|\.\.?)?/(?:[^:=]*/)?(?=[^/])")
 
 
 def _licence(folder: Path) -> dict:

@@ -1,10 +1,10 @@
 """Fused model folders, for mlx-lm and for Hugging Face transformers.
 
 They differ in the names of experts, and in that transformers gets the language model of a multimodal
-one by itself. The tokenizer's files are copied as they are.
+one by itself. The tokenizer's files are copied as they are, and so is the licence.
 """
 
-import json
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -33,6 +33,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model",
     "added_tokens.json", "vocab.json", "merges.txt", "*.tiktoken", "chat_template.jinja",
 )  # fmt: skip
+LICENCE_FILES = re.compile(r"(licen[cs]e|notice|use_policy).*", re.IGNORECASE)
 SHARD_BYTES = 5 * 2**30
 # What the config of a multimodal model says for its language model too.
 _SHARED = ("torch_dtype", "dtype", "bos_token_id", "eos_token_id", "pad_token_id")
@@ -69,9 +70,14 @@ def export_folder(
         write_json(folder / "config.json", config)
         write_json(folder / "generation_config.json", generation_config(loaded))
         copy_tokenizer(loaded, folder)
+        for file in licence_files(loaded.path):
+            shutil.copyfile(file, folder / file.name)
     return output
 
 
+def licence_files(folder: Path) -> list[Path]:
+    """What a model's folder says of how it may be used, the licence itself first."""
+    return sorted(f for f in folder.iterdir() if LICENCE_FILES.fullmatch(f.name) and f.is_file())
 def written_matrices(
     loaded: LoadedModel, folder: Path
 ) -> Iterator[tuple[str, Callable[[], mx.array]]]:
@@ -192,7 +198,7 @@ def _classifier(loaded: LoadedModel, family: Family) -> dict:
 def generation_config(loaded: LoadedModel) -> dict:
     """The base's generation settings, ending at every id that the model was trained to end with."""
     path = loaded.path / "generation_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    config = read_json(path) if path.is_file() else {}
     ends = end_ids(loaded)
     if ends:
         config["eos_token_id"] = ends if len(ends) > 1 else ends[0]
@@ -230,5 +236,4 @@ def copy_tokenizer(loaded: LoadedModel, folder: Path) -> None:
         (folder / "chat_template.jinja").write_text(source, encoding="utf-8")
         path = folder / "tokenizer_config.json"
         if path.exists():
-            config = json.loads(path.read_text(encoding="utf-8"))
-            write_json(path, {**config, "chat_template": source})
+            write_json(path, {**read_json(path), "chat_template": source})

@@ -4,25 +4,20 @@ One is found by rendering conversations with the Jinja template and looking at w
 contents. It counts only if it gives the very same text for other conversations, too.
 """
 
-import contextlib
-from dataclasses import dataclass
+import os.path
+from dataclasses import dataclass, replace
 
 from mlx_align.data.records import Unfit
 from mlx_align.data.template import ChatTemplate, text_prefix
 from mlx_align.model.load import LoadedModel
 
-# White space that is taken off contents where the Jinja template does so: that of ASCII.
-WHITE = " \t\n\v\f\r\x1c\x1d\x1e\x1f"
-_WHITE_BYTE = "or (eq $b 32) (and (ge $b 9) (le $b 13)) (and (ge $b 28) (le $b 31))"
-# Go's language has no function for that, but templates can call themselves. A text without its first
-# byte is as long as the number of its last.
-_TRIM = (
-    '{{ define "trim" }}{{ if . }}{{ $b := index . 0 }}{{ $last := len (slice . 1) }}'
-    f'{{{{ if {_WHITE_BYTE} }}}}{{{{ template "trim" (slice . 1) }}}}'
-    "{{ else }}{{ $b = index . $last }}"
-    f'{{{{ if {_WHITE_BYTE} }}}}{{{{ template "trim" (slice . 0 $last) }}}}'
-    "{{ else }}{{ . }}{{ end }}{{ end }}{{ end }}{{ end }}"
+# Python's white space, which Jinja takes off contents, by its size in UTF-8.
+_WHITE = (
+    "".join(map(chr, (*range(9, 14), *range(28, 33)))),
+    "\x85\xa0",
+    "\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B))),
 )
+
 
 # Conversations that must come out the same. Ollama merges neighbours of one role before it renders, so
 # there are none here.
@@ -34,6 +29,10 @@ _PROBES = (
     (("system", "A"), ("user", "b"), ("assistant", "c"), ("user", "d"), ("assistant", "e"), ("user", "f")),
     (("system", "A"), ("user", "b"), ("assistant", "c"), ("system", "D"), ("user", "e")),
     (("user", "a"), ("assistant", "b"), ("system", "C"), ("user", "d")),
+    (("system", "A"), ("assistant", "b"), ("user", "c")),
+    (("user", "a"), ("system", "B"), ("user", "c")),
+    (("assistant", "a"), ("user", "b")),
+    (("user", "\u3000a\xa0"), ("assistant", "\x85b\u2009"), ("user", "\ufeff c\u200b")),
     (("system", " \n A\t"), ("user", "\r\nb \v"), ("assistant", "\n c \n"), ("user", "  ")),
     (("user", ""), ("assistant", ""), ("user", "")),
     (("user", "Жж 日本 🦙"), ("assistant", '{{ a }} {% b %} {# c #} "d" \\n'), ("user", "<|im_end|></s>")),
@@ -50,9 +49,10 @@ def derive_go_template(loaded: LoadedModel) -> str | None:
     # Where the tokenizer puts a BOS before a text, Ollama does.
     bos = (loaded.tokenizer.bos_token or "") if text_prefix(loaded.tokenizer) else ""
     try:
-        candidates = _find_parts(template, bos)
+        parts = _find_parts(template, bos)
     except (Unfit, ValueError):
         return None
+    candidates = (parts, replace(parts, empty_is_none=True))
     return next((parts.go() for parts in candidates if _is_exact(parts, template, bos)), None)
 
 
@@ -97,7 +97,7 @@ class _Turn:
     trimmed: bool
 
     def text(self, content: str) -> str:
-        return self.before + (content.strip(WHITE) if self.trimmed else content) + self.after
+        return self.before + (content.strip() if self.trimmed else content) + self.after
 
     def go(self) -> str:
         content = '{{ template "trim" .Content }}' if self.trimmed else "{{ .Content }}"
@@ -108,85 +108,111 @@ class _Turn:
 class _Parts:
     """A template in pieces.
 
-    `start` stands before everything, `default` behind it where no system prompt does, `opening` where
-    the answer begins. Some templates take an empty system prompt for none.
+    `default` stands before everything where no system prompt does, `first` is a system prompt there and
+    `later` one elsewhere, None where those are left out. `opening` is where the answer begins. Some
+    templates take an empty system prompt for none.
     """
 
-    start: str
     default: str
-    around: dict[str, _Turn]
+    first: _Turn
+    later: _Turn | None
+    user: _Turn
+    assistant: _Turn
     opening: str
-    empty_is_none: bool
+    empty_is_none: bool = False
 
     def text(self, turns) -> str:
         kept = [turn for turn in turns if turn != ("system", "") or not self.empty_is_none]
-        start = self.start + ("" if kept[0][0] == "system" else self.default)
-        return start + "".join(self.around[role].text(c) for role, c in kept) + self.opening
+        of = {"system": self.later, "user": self.user, "assistant": self.assistant}
+        around = [of[role] for role, _ in kept]
+        if kept[0][0] == "system":
+            start, around[0] = "", self.first
+        else:
+            start = self.default
+        texts = (turn.text(c) for turn, (_, c) in zip(around, kept, strict=True) if turn)
+        return start + "".join(texts) + self.opening
 
     def go(self) -> str:
-        is_system = 'eq .Role "system"'
+        is_system, default = 'eq .Role "system"', ""
         if self.empty_is_none:
             is_system = f"and ({is_system}) .Content"
-        start = _literal(self.start)
         if self.default:
-            start += (
-                f"{{{{ with index .Messages 0 }}}}{{{{ if not ({is_system}) }}}}"
-                f"{_literal(self.default)}{{{{ end }}}}{{{{ end }}}}"
+            default = (
+                f"{{{{ if eq $i 0 }}}}{{{{ if not ({is_system}) }}}}{_literal(self.default)}"
+                "{{ end }}{{ end }}"
             )
-        tests = {
-            "system": is_system,
-            "user": 'eq .Role "user"',
-            "assistant": 'eq .Role "assistant"',
+        turns = {
+            is_system: self.later.go() if self.later else "",
+            'eq .Role "user"': self.user.go(),
+            'eq .Role "assistant"': self.assistant.go(),
         }
-        turns = "{{ else ".join(
-            f"if {test} }}}}{self.around[role].go()}" for role, test in tests.items()
+        if self.first != self.later:
+            turns = {f"and ({is_system}) (eq $i 0)": self.first.go(), **turns}
+        chosen = "{{ else ".join(f"if {test} }}}}{text}" for test, text in turns.items())
+        loop = (
+            f"{{{{ range $i, $_ := .Messages }}}}{default}{{{{ {chosen}{{{{ end }}}}{{{{ end }}}}"
         )
-        trim = _TRIM if any(turn.trimmed for turn in self.around.values()) else ""
-        loop = f"{{{{ range .Messages }}}}{{{{ {turns}{{{{ end }}}}{{{{ end }}}}"
-        return trim + start + loop + _literal(self.opening)
+        return (_trim() if 'template "trim"' in loop else "") + loop + _literal(self.opening)
 
 
-def _find_parts(template, bos: str) -> list[_Parts]:
-    """What may do the same. Raises `ValueError` where what stands around contents is not constant."""
+def _find_parts(template, bos: str) -> _Parts:
+    """What may do the same. Raises `ValueError` where what stands around contents is not constant.
+
+    Which of two neighbours writes what stands between their contents shows where a text without an
+    opening ends; some templates add to that end, so only what all agree on counts. What stands between
+    is the user's as far as it always stands before users.
+    """
 
     def render(*turns, generation=True):
         return _render(template, turns, generation).removeprefix(bos)
 
-    s, u, a, v = "qxsystem", "qxuser", "qxassistant", "qxsecond"
-    talk = [("user", u), ("assistant", a), ("user", v)]
-    user_end = _split(render(talk[0], generation=False), u)[1]
-    opening = _after(_split(render(talk[0]), u)[1], user_end)
-    assistant_end = _split(render(*talk[:2], generation=False), a)[1]
-    before_user, rest = _split(render(*talk), u)
-    between, rest = _split(rest, a)
-    assistant_start = _after(between, user_end)
-    user_start = _after(_split(rest, v)[0], assistant_end)
-    # The first user's turn stands behind what comes when no system prompt is given.
-    default = _before(before_user, user_start)
-    around = {"user": (user_start, user_end), "assistant": (assistant_start, assistant_end)}
-    # Where Jinja refuses system prompts, Ollama's text for one is as good as any.
-    start, around["system"] = "", ("", "")
-    if takes_system(template):
-        within = [*talk[:2], ("system", s), talk[2]]
-        talk = [("system", s), *talk]
-        system_start, rest = _split(render(*talk), s)
-        system_end = _before(_split(rest, u)[0], user_start)
-        with contextlib.suppress(Unfit):
-            # A later system prompt has nothing before it but its own.
-            before_later = _split(_split(render(*within), a)[1], s)[0]
-            first, system_start = system_start, _after(before_later, assistant_end)
-            start = _before(first, system_start)
-        around["system"] = (system_start, system_end)
-        default = _after(default, start)
-
-    def trims(role):
+    def trims(talk, role):
         padded = [(r, f" \n{c}\n " if r == role else c) for r, c in talk]
         return render(*padded) == render(*talk)
 
-    turns = {role: _Turn(*around[role], trims(role)) for role in around}
-    return [
-        _Parts(start, default, turns, opening, empty_is_none) for empty_is_none in (False, True)
-    ]
+    s, u, a, v = "qxsystem", "qxuser", "qxassistant", "qxsecond"
+    talk = [("user", u), ("assistant", a), ("user", v)]
+    start, answered, asked, last = _split(render(*talk), u, a, v)
+    user_end = _shared(answered, last, _split(render(talk[0], generation=False), u)[-1])
+    assistant_end = _shared(asked, _split(render(*talk[:2], generation=False), a)[-1])
+    # The first user's turn stands behind what comes when no system prompt is given.
+    user_start = _shared_end(asked[len(assistant_end) :], start)
+    # Where Jinja refuses system prompts, Ollama's text for one is as good as any.
+    first = _Turn("", "", False)
+    if takes_system(template):
+        opened = [("system", s), *talk]
+        before, behind, *_ = _split(render(*opened), s, u, a, v)
+        user_start = _shared_end(user_start, behind)
+        first = _Turn(before, _before(behind, user_start), trims(opened, "system"))
+    assistant_end = _before(asked, user_start)
+    later: _Turn | None = first
+    # Some take a later one only behind an answer, some only behind a question.
+    for end, *before in ((user_end, talk[0]), (assistant_end, *talk[:2])):
+        within = [*before, ("system", s), talk[2]]
+        text = _rendered(template, within)
+        if text is not None and s not in text:
+            later = None
+        elif text is not None:
+            *_, ahead, behind, _ = _split(text, *(content for _, content in within))
+            trimmed = trims(within, "system")
+            later = _Turn(_after(ahead, end), _before(behind, user_start), trimmed)
+    return _Parts(
+        default=_before(start, user_start),
+        first=first,
+        later=later,
+        user=_Turn(user_start, user_end, trims(talk, "user")),
+        assistant=_Turn(_after(answered, user_end), assistant_end, trims(talk, "assistant")),
+        opening=_after(last, user_end),
+    )
+
+
+def _shared(*texts: str) -> str:
+    """What all texts begin with."""
+    return os.path.commonprefix(texts)
+
+
+def _shared_end(*texts: str) -> str:
+    return _shared(*(text[::-1] for text in texts))[::-1]
 
 
 def _after(text: str, start: str) -> str:
@@ -201,13 +227,46 @@ def _before(text: str, end: str) -> str:
     return text[: len(text) - len(end)]
 
 
-def _split(text: str, marker: str) -> tuple[str, str]:
-    before, found, after = text.partition(marker)
-    if not found or marker in after:
-        raise ValueError(f"{marker} does not appear once")
-    return before, after
+def _split(text: str, *markers: str) -> list[str]:
+    """What stands before, between and behind markers that come in this order, once each."""
+    parts = []
+    for marker in markers:
+        before, found, text = text.partition(marker)
+        if not found or marker in text:
+            raise ValueError(f"{marker} does not appear once")
+        parts.append(before)
+    return [*parts, text]
+
+
+def _trim() -> str:
+    """The template "trim". Go's language has no function for that, but templates can call themselves.
+
+    A text without its first n bytes is as long as the number of its nth last, which takes the place of
+    a subtraction.
+    """
+    ends = ""
+    for size, white in enumerate(_WHITE, 1):
+        quoted = " ".join(map(_quoted, white))
+        ends += (
+            f"{{{{ if ge (len .) {size} }}}}{{{{ $rest = len (slice . {size}) }}}}"
+            f"{{{{ if eq (slice . 0 {size}) {quoted} }}}}{{{{ $from = {size} }}}}"
+            f"{{{{ else if eq (slice . $rest) {quoted} }}}}{{{{ $to = $rest }}}}{{{{ end }}}}{{{{ end }}}}"
+        )
+    return (
+        '{{ define "trim" }}{{ $from := 0 }}{{ $to := len . }}{{ $rest := 0 }}'
+        f"{ends}{{{{ if or $from (ne $to (len .)) }}}}"
+        '{{ template "trim" (slice . $from $to) }}{{ else }}{{ . }}{{ end }}{{ end }}'
+    )
 
 
 def _literal(text: str) -> str:
-    """Text that Go's template language leaves as it is."""
-    return text.replace("{", '{{ "{" }}')
+    """Text that Go's template language leaves as it is, and that a Modelfile can hold."""
+    return "".join(
+        c if c != "{" and (c.isprintable() or c in "\n\t") else f"{{{{ {_quoted(c)} }}}}"
+        for c in text
+    )
+
+
+def _quoted(character: str) -> str:
+    """A character as Go writes it."""
+    return f'"{character}"' if character.isprintable() else f'"\\U{ord(character):08x}"'

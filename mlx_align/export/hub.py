@@ -43,7 +43,8 @@ def upload(path: Path, repo: str, card: str) -> None:
         else:
             hub.upload_file(repo_id=repo, path_or_fileobj=path, path_in_repo=path.name)
             hub.upload_file(repo_id=repo, path_or_fileobj=card.encode(), path_in_repo=CARD)
-    except (OSError, HTTPError) as error:
+    except (OSError, HTTPError, RuntimeError, ValueError) as error:
+        # RuntimeError is how its library says that one file failed, ValueError that it refuses the card.
         raise ExportError(
             f"push: {repo}: {_first_line(error)}. {path} is kept; go on with: hf upload {repo} {path}"
         ) from None

@@ -14,6 +14,7 @@ import numpy as np
 from mlx_align.data.template import end_of_turn
 from mlx_align.errors import ExportError, SettingsError
 from mlx_align.export.adapter import export_gguf_adapter
+from mlx_align.export.folder import licence_files
 from mlx_align.export.gguf import export_gguf
 from mlx_align.export.go_template import derive_go_template, takes_system
 from mlx_align.export.ollama_server import OllamaServer
@@ -156,18 +157,30 @@ def stop_texts(loaded: LoadedModel) -> tuple[str, ...]:
 
 
 def read_licence(folder: Path) -> str | None:
-    """The text of the licence in a model's folder."""
-    files = sorted(file for file in folder.glob("LICENSE*") if file.is_file())
-    return files[0].read_text(encoding="utf-8", errors="replace").strip() if files else None
+    """The text of the licence in a model's folder, without what a Modelfile cannot hold."""
+    for file in licence_files(folder):
+        text = file.read_text(encoding="utf-8", errors="replace")
+        return "".join(c for c in text if _is_kept(c)).strip()
+    return None
 
 
 def _quoted(text: str) -> str:
     """A value as Ollama's parser takes it: it knows no escapes, and reads on to the closing quotes."""
+    lost = sorted({f"U+{ord(c):04X}" for c in text if not _is_kept(c)})
+    if lost:
+        raise ExportError(
+            f"a Modelfile cannot hold {', '.join(lost)}, which Ollama leaves out of it and which is in: "
+            f"{text[:60]!r}"
+        )
     if not re.search(r'["\r\n]', text):
         return f'"{text}"'
     if '"""' in text:
         raise ExportError(f'a Modelfile cannot hold """, which is in: {text[:60]!r}')
     return f'"""{text}"""'
+
+
+def _is_kept(character: str) -> bool:
+    return character.isprintable() or character in "\t\r\n"
 
 
 def create_in_ollama(folder: Path, modelfile: Modelfile, name: str) -> None:
@@ -176,12 +189,12 @@ def create_in_ollama(folder: Path, modelfile: Modelfile, name: str) -> None:
     A running server is asked, else the program is called; where there is neither, what to do is said.
     Raises `ExportError` where the server fails.
     """
-    server = OllamaServer()
     command = ["ollama", "create", name, "-f", str(folder / MODELFILE)]
-    if not server.runs():
-        _call_program(command, name)
-        return
     try:
+        server = OllamaServer()
+        if not server.runs():
+            _call_program(command, name)
+            return
         digest = server.upload(folder / modelfile.file)
         server.create(modelfile.request(name, digest))
         _check_answers(server, name)

@@ -2,6 +2,7 @@
 
 import hashlib
 import http.client
+import ipaddress
 import json
 import logging
 import os
@@ -36,7 +37,8 @@ class OllamaServer:
         """Whether an Ollama answers there."""
         try:
             with self._opener.open(f"{self.url}/api/version", timeout=READY_SECONDS) as response:
-                return "version" in json.load(response)
+                found = json.load(response)
+                return isinstance(found, dict) and "version" in found
         except (OSError, http.client.HTTPException, ValueError):
             return False
 
@@ -70,8 +72,8 @@ class OllamaServer:
             "options": {"temperature": 0, "num_predict": max_tokens},
         }
         for row in self._rows("chat", request):
-            if row.get("done"):
-                return row["message"]["content"], row.get("done_reason", "")
+            if row.get("done") and isinstance(row.get("message"), dict):
+                return row["message"].get("content") or "", row.get("done_reason") or ""
         raise ExportError(f"ollama at {self.url} broke off while {model} answered")
 
     def _has(self, digest: str) -> bool:
@@ -96,6 +98,8 @@ class OllamaServer:
                 raise ExportError(
                     f"ollama at {self.url} broke off in the middle of a line"
                 ) from None
+            if not isinstance(row, dict):
+                raise ExportError(f"what is at {self.url} does not answer as ollama: {line[:80]!r}")
             if "error" in row:
                 raise ExportError(f"ollama at {self.url}: {row['error']}")
             yield row
@@ -111,9 +115,12 @@ class OllamaServer:
             raise self._silence(error) from None
 
     def _refusal(self, error: urllib.error.HTTPError) -> ExportError:
-        text = error.read().decode(errors="replace").strip()
+        text = ""
         try:
+            text = error.read().decode(errors="replace").strip()
             text = json.loads(text)["error"]
+        except (OSError, http.client.HTTPException):
+            text = error.reason
         except (ValueError, KeyError, TypeError):
             text = text or error.reason
         return ExportError(f"ollama at {self.url} refused with status {error.code}: {text}")
@@ -126,15 +133,19 @@ class OllamaServer:
 
 
 def _url(address: str) -> str:
-    """The URL for an address as Ollama takes it: [http[s]://][host][:port]."""
-    scheme, _, rest = address.strip().rpartition("://")
-    rest = rest.partition("/")[0]
-    found = re.fullmatch(r"(\[[^\]]*\]|[^:]*)(?::(\d+))?", rest)
-    if scheme not in ("", "http", "https") or found is None:
+    """The URL for an address as Ollama takes it: [http[s]://][host][:port][/path]."""
+    scheme, _, rest = address.strip().strip("\"'").rpartition("://")
+    place, _, path = rest.partition("/")
+    try:
+        host, port = f"[{ipaddress.IPv6Address(place.strip('[]'))}]", ""
+    except ValueError:
+        found = re.fullmatch(r"(\[[^\]\s]*\]|[^:\s]*)(?::(\d*))?", place, re.ASCII)
+        host, port = found.groups("") if found else ("", "none")
+    if scheme not in ("", "http", "https") or not f"0{port}".isdigit() or int(f"0{port}") > 65535:
         raise ExportError(
             f"OLLAMA_HOST: {address!r} is no address of a server, such as 127.0.0.1:11434"
         )
     # A server that listens everywhere listens here, too.
-    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(found[1], found[1])
-    port = found[2] or {"": "11434", "http": "80", "https": "443"}[scheme]
-    return f"{scheme or 'http'}://{host}:{port}"
+    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
+    port = port or {"": "11434", "http": "80", "https": "443"}[scheme]
+    return f"{scheme or 'http'}://{host}:{port}/{path}".rstrip("/")

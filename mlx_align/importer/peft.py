@@ -1,8 +1,9 @@
 """PEFT's adapter folders (LoRA, rsLoRA, DoRA) as adapters of MLX.
 
 The arrays are read by their names, which say all that `target_modules` would. MLX has one rank and
-one scale for all layers: lower ranks are filled up with zeros, other scales go into B. Where PEFT
-saved whole modules (embeddings, head, norms), the result is all weights, merged.
+one scale for all layers: lower ranks are filled up with zeros, other scales go into B. Experts, which
+have updates of their own in PEFT, are stacked in MLX. Where PEFT saved whole modules (embeddings, head,
+norms), the result is all weights, merged.
 """
 
 import logging
@@ -113,6 +114,7 @@ def import_peft(folder: Path, output: Path, base: str | None = None) -> Path:
     path = resolve_model(base)
     model, config = load_weights(path, load_tokenizer(path).config)
     _check_base(model, config, saved, folder)
+    _stack_experts(model, FAMILIES[config["model_type"]], weights)
     extra = {"model": str(path.resolve()) if Path(base).expanduser().exists() else base}
     if SCORE in saved:
         weights[SCORE] = saved.pop(SCORE)
@@ -257,6 +259,24 @@ def _check_base(model, config, saved, folder) -> None:
             f"{folder}: holds whole weights ({whole[0]}), which cannot go on a quantised base; give "
             "the float one with --model"
         )
+
+
+def _stack_experts(model, family, weights) -> None:
+    """Put updates of single experts together as MLX has them; an expert without one gets zeros."""
+    ours = {theirs: name for name, theirs in family.experts.items()}
+    layers, stacks = dict(model.named_modules()), defaultdict(dict)
+    for name in [name for name in weights if _EXPERT.fullmatch(name)]:
+        block, expert, projection, part = _EXPERT.fullmatch(name).groups()
+        stack = stacks[f"{block}.switch_mlp.{ours.get(projection, projection)}", part]
+        stack[int(expert)] = weights.pop(name).T
+    for (layer, part), stack in stacks.items():
+        count = layers[layer].num_experts if layer in layers else 0
+        zeros = mx.zeros_like(next(iter(stack.values())))
+        numbers = range(max(count, *stack, 0))
+        weights[f"{layer}.{part}"] = mx.stack([stack.get(i, zeros) for i in numbers])
+
+
+_EXPERT = re.compile(r"(.+)\.experts\.(\d{1,4})\.(\w+)\.(\w+)")
 
 
 def _tie(model, weights, saved, folder) -> None:

@@ -1,12 +1,12 @@
 """Opening what a user names: a run folder, an adapter folder, a model folder, or a Hub id."""
 
-import json
 import logging
 from pathlib import Path
 
 from mlx_align.data.template import ChatTemplate
 from mlx_align.errors import ModelError
 from mlx_align.model.adapter import CONFIG, WEIGHTS, Adapter, load_adapter, read_adapter_config
+from mlx_align.model.files import read_json
 from mlx_align.model.heads import attach_reward_head
 from mlx_align.model.load import LoadedModel, load_model
 
@@ -57,9 +57,7 @@ def find_adapter(source: str | Path) -> Path | None:
         return folder if complete else None
     checkpoints = sorted((folder / "checkpoints").glob("step-*"))
     # What an unfinished run has in its folder is from when it was stopped, perhaps long before.
-    if complete and (
-        json.loads(record.read_text(encoding="utf-8")).get("finished") or not checkpoints
-    ):
+    if complete and (read_json(record).get("finished") or not checkpoints):
         return folder
     if not checkpoints:
         raise ModelError(f"{folder}: this run has no checkpoint yet; go on with it by --resume")

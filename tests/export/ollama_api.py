@@ -11,7 +11,8 @@ class FakeOllama:
     """On loopback; `fail` names a request ("create", "chat", ...) and what goes wrong with it.
 
     What can go wrong: a status, "error" (a row of the stream), "die" (the connection ends), "end" (the
-    stream ends too soon), "sleep" (nothing comes).
+    stream ends too soon), "cut" (so does the text of an error), "sleep" (nothing comes), or another
+    answer.
     """
 
     def __init__(self, **fail):
@@ -40,7 +41,8 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        self.reply(200, {"version": "0.0.0"})
+        version = json.dumps({"version": "0.0.0"}).encode()
+        self.send(200, self.ollama.fail.get("version", version))
 
     def do_HEAD(self):
         self.send_response(200 if self.path.rpartition("/")[2] in self.ollama.blobs else 404)
@@ -56,6 +58,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.close()
         elif failure == "sleep":
             self.ollama.woken.wait(30)
+        elif failure == "cut":
+            self.send(500, b"out of", 9)
+            self.close_connection = True
+        elif isinstance(failure, bytes):
+            self.send(200, failure)
         elif isinstance(failure, int):
             self.reply(failure, {"error": "out of luck"})
         elif what == "blobs":
@@ -89,9 +96,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.stream([{**row, "done_reason": self.ollama.said}])
 
     def reply(self, status, row):
-        text = b"" if row is None else json.dumps(row).encode()
+        self.send(status, b"" if row is None else json.dumps(row).encode())
+
+    def send(self, status, text, missing=0):
         self.send_response(status)
-        self.send_header("Content-Length", str(len(text)))
+        self.send_header("Content-Length", str(len(text) + missing))
         self.end_headers()
         self.wfile.write(text)
 
@@ -107,8 +116,9 @@ def read_modelfile(text: str) -> list[tuple[str, str]]:
     """The commands of a Modelfile, as Ollama's parser reads them.
 
     A value goes on over the ends of lines until the quotes that it begins with stand at its end; there
-    are no escapes.
+    are no escapes, and what is not printable is dropped.
     """
+    text = "".join(c for c in text if c.isprintable() or c in "\t\r\n")
     commands, lines = [], iter(text.splitlines(keepends=True))
     for line in lines:
         name, _, value = line.partition(" ")

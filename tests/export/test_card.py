@@ -53,7 +53,17 @@ def test_the_card_of_a_run(run_folder):
         {"verdict": {"text": "aligned: yes"}, "changes": [CHANGE, {**CHANGE, "key": "refuses/type/x"}]},
     )  # fmt: skip
     record = json.loads((run_folder / "run.json").read_text())
-    record["settings"]["data"] = "/Users/me/secret/prefs.jsonl"
+    record["settings"] |= {
+        "data": "/Users/me/secret/prefs.jsonl",
+        "lora_keys": [
+            "~/secret/a",
+            "../secret/b:0.5",
+            "judge:/Users/me/c d/e",
+            "x:org/model",
+            "a.b_c",
+        ],
+        "lora_dropout": "two\nlines | more",
+    }
     write_json(run_folder / "run.json", record)
     values, text = front_matter((api.export_model(run_folder, "hf") / "README.md").read_text())
     assert values == {
@@ -64,7 +74,9 @@ def test_the_card_of_a_run(run_folder):
     rows = rows_of(text)
     assert "A model made from demo, trained by `dpo`." in text
     assert rows["Formula"] == ["Rafailov et al. 2023, arXiv:2305.18290, equation 7"]
-    assert rows["Data"] == ["prefs.jsonl"] and "/Users" not in text
+    assert rows["Data"] == ["prefs.jsonl"] and "/Users" not in text and "secret" not in text
+    assert rows["`lora_keys`"] == ["a, b:0.5, judge:e, x:org/model, a.b_c"]
+    assert "| `lora_dropout` | two lines \\| more |\n" in text
     examples = f"{record['train_examples']:,}, and {record['valid_examples']:,} held out"
     assert rows["Examples"] == [examples]
     assert rows["`lora_rank`"] == ["3"] and rows["`steps`"] == ["1"]
@@ -258,9 +270,10 @@ def test_what_is_no_repository(run_folder, hub, name):
     assert hub == []
 
 
-def test_an_upload_that_fails_keeps_the_export(run_folder, hub, monkeypatch):
+@pytest.mark.parametrize("error", [OSError, RuntimeError, ValueError])
+def test_an_upload_that_fails_keeps_the_export(run_folder, hub, monkeypatch, error):
     def fail(self, **_):
-        raise OSError("502 Bad Gateway\nmore")
+        raise error("502 Bad Gateway\nmore")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", fail)
     with pytest.raises(ExportError) as caught:

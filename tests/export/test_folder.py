@@ -1,6 +1,10 @@
 """Fused folders load in mlx-lm and in transformers, and compute what the adapted model computes."""
 
+import contextlib
+import itertools
 import json
+import os
+import shutil
 
 import mlx.core as mx
 import numpy as np
@@ -10,6 +14,7 @@ from mlx.utils import tree_map
 from mlx_align.errors import ExportError
 from mlx_align.export import folder as module
 from mlx_align.export.folder import export_folder
+from mlx_align.files import new_folder
 from mlx_align.model.adapter import AdapterSettings, wear_adapter
 from mlx_align.model.load import STORED, load_model
 
@@ -131,6 +136,46 @@ def test_the_config_has_both_spellings(model_folder, tmp_path):
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
     assert config["rope_scaling"]["factor"] == config["rope_parameters"]["factor"] == 8.0
     assert config["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_the_licence_comes_along(model_folder, tmp_path):
+    base = shutil.copytree(model_folder(), tmp_path / "base")
+    for name in ("LICENSE", "licence.md", "NOTICE.txt", "USE_POLICY.md", "other.md"):
+        (base / name).write_text(name)
+    for flavour in ("mlx", "hf"):
+        out = export_folder(load_model(str(base)), tmp_path / flavour, flavour=flavour, dtype=None)
+        assert (out / "licence.md").read_text() == "licence.md" and not (out / "other.md").exists()
+        assert {"LICENSE", "NOTICE.txt", "USE_POLICY.md"} <= {p.name for p in out.iterdir()}
+
+
+@pytest.mark.parametrize("moment", range(5))
+def test_a_folder_is_never_half_there(tmp_path, monkeypatch, moment):
+    final, steps = tmp_path / "final", itertools.count()
+    final.mkdir()
+    for name in "ab":
+        (final / name).write_text("old")
+
+    def stopped(step):
+        def run(path, *args, **options):
+            if next(steps) == moment:
+                if step is shutil.rmtree and path.is_dir():
+                    next(path.iterdir()).unlink()
+                raise KeyboardInterrupt
+            return step(path, *args, **options)
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", stopped(shutil.rmtree))
+        patch.setattr(os, "replace", stopped(os.replace))
+        with new_folder(final) as folder:
+            for name in "ab":
+                (folder / name).write_text("new")
+    found = sorted(p.read_text() for p in final.glob("*"))
+    assert found in ([], ["old", "old"], ["new", "new"])
+    with new_folder(final) as folder:
+        (folder / "c").write_text("newer")
+    assert [p.name for p in tmp_path.rglob("*")] == ["final", "c"]
 
 
 def test_a_second_export_replaces_the_first(model_folder, tmp_path):

@@ -42,12 +42,44 @@ NOT_EMPTY = (
     "{% for m in messages %}{% if m.role != 'system' or m.content %}<|{{ m.role }}|>\n{{ m.content }}"
     "<|end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
+# As in Phi-3 and OLMo 2: what is not to be answered ends otherwise.
+OTHER_END = (
+    NOT_EMPTY.replace(" or m.content", "").replace("if m.role != 'system'", "if true")
+    + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+)
+# As in Llama 3.1: the first system prompt stands in a text that is always there.
+PREAMBLE = (
+    "{{ bos_token }}{% set first = messages[0].content | trim if messages[0].role == 'system' else '' %}"
+    "<|start_header_id|>system<|end_header_id|>\n\nToday: 26 Jul 2024\n\n{{ first }}<|eot_id|>"
+    "{% set messages = messages[1:] if messages[0].role == 'system' else messages %}"
+) + tiny.LLAMA3.removeprefix("{{ bos_token }}")
+# As in Vicuna: one system prompt or none, and a text in its place.
+ONE_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% else %}A chat.{% endif %}"
+    "{% for m in messages %}{% if m.role == 'user' %} USER: {{ m.content }}"
+    "{% elif m.role == 'assistant' %} ASSISTANT: {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %} ASSISTANT:{% endif %}"
+)
+# As in Gemma 3: the system prompt is part of the first question.
+WITHIN_USER = (
+    "{{ bos_token }}{% set first = messages[0].content + '\n\n' if messages[0].role == 'system' else '' %}"
+    "{% set messages = messages[1:] if first else messages %}{% for m in messages %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('no') }}{% endif %}"
+    "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ first if loop.first }}"
+    "{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
 TEMPLATES = {
     "chatml": tiny.CHATML,
     "llama3": tiny.LLAMA3,
     "default": DEFAULT_SYSTEM,
     "llama2": LLAMA2,
     "not empty": NOT_EMPTY,
+    "other end": OTHER_END,
+    "preamble": PREAMBLE,
+    "one system prompt": ONE_SYSTEM,
+    "within the user's turn": WITHIN_USER,
+    "unprintable": tiny.CHATML.replace("\n{{", "\t\xa0{{").replace("{% endfor", "\u200b{% endfor"),
     "braces": "{{ '{' }}"
     + tiny.CHATML.replace("{{ m['content'] }}", "{{ '{{' + m.content + '}}' }}"),
 }
@@ -75,6 +107,10 @@ TALKS = [
     [("system", "日本語 🦙"), ("user", "ñandú\u200d"), ("assistant", "Привет"), ("user", "\u00e9e\u0301")],
     [("system", "\t S \n"), ("user", "\n\n padded "), ("assistant", " \n"), ("user", " \r\n x\x0b")],
     [("user", "a"), ("assistant", "<think>hm</think>b"), ("user", "c"), ("assistant", "d"), ("user", "e")],
+    [("system", "S"), ("assistant", "a"), ("user", "b")],
+    [("user", "a"), ("system", "S"), ("user", "b")],
+    [("user", "\u3000\xa0 \u2003 a\u2028"), ("assistant", "\x85é\u3000\x1f"), ("user", "\ufeff \u200b")],
+    [("user", "\u3000"), ("assistant", "\u3000\xa0\x85\t\u2009"), ("user", "a\u3000b" + " " * 999)],
 ]  # fmt: skip
 GO = """package main
 import ("encoding/json"; "os"; "strings"; "text/template")
@@ -149,6 +185,7 @@ def test_derived_templates_render_what_jinja_renders(model_folder, go_renders, n
     go = derive_go_template(loaded)
     assert go is not None
     assert_same(loaded, go, go_renders)
+    assert read_modelfile(make_modelfile(loaded).text())[1] == ("TEMPLATE", go)
 
 
 # Which of the published templates Go can follow. The others print the date, cut thoughts out of
@@ -222,7 +259,8 @@ def test_no_known_template_is_near_a_guarded_one(shared):
 def test_the_modelfile(model_folder, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(model_folder("llama"), folder)
-    (folder / "LICENSE.txt").write_text('Do what "you" want.\n\nNo warranty.\n')
+    (folder / "License.txt").write_text('\ufeffDo what "you" want.\n\n\x0cNo warranty.\n')
+    (folder / "NOTICE").write_text("By us.")
     loaded = load_model(str(folder))
     modelfile = make_modelfile(loaded, system='Be "brief".\nAlways.')
     assert read_modelfile(modelfile.text()) == [
@@ -249,6 +287,8 @@ def test_quoted_values_are_read_back(text):
 def test_what_cannot_be_said_is_refused(model_folder):
     with pytest.raises(ExportError, match='cannot hold """'):
         Modelfile('a """ b', (), None).text()
+    with pytest.raises(ExportError, match=r"cannot hold U\+00A0, U\+200D, which Ollama leaves out"):
+        Modelfile(None, (), None, system="Non\xa0! \N{WOMAN}\u200d\N{ROCKET}").text()
     with pytest.raises(SettingsError, match="no chat template that takes a system prompt"):
         make_modelfile(model_with(model_folder, LLAMA2), system="Be brief.")
     with pytest.raises(SettingsError, match="only a model in Ollama brings"):
@@ -356,6 +396,10 @@ def test_answers_that_do_not_end_are_shown(exported, ollama, caplog):
         ({"chat": "end"}, "broke off while m answered"),
         ({"chat": 500}, "out of luck"),
         ({"chat": "sleep"}, "said nothing for 1 seconds"),
+        ({"create": b"[1]\n"}, "does not answer as ollama: b'[1]"),
+        ({"create": b'{"status": "x"'}, "in the middle of a line"),
+        ({"create": "cut"}, "refused with status 500: Internal Server Error"),
+        ({"chat": b'{"done": true}\n'}, "broke off while m answered"),
     ],
 )
 def test_a_server_that_fails_loses_nothing(exported, ollama, monkeypatch, fail, words):
@@ -379,16 +423,32 @@ def test_a_server_that_fails_loses_nothing(exported, ollama, monkeypatch, fail, 
         ("http://box", "http://box:80"),
         ("https://box/", "https://box:443"),
         ("[::1]:5000", "http://[::1]:5000"),
+        ("::1", "http://[::1]:11434"),
+        ("::", "http://[::1]:11434"),
+        ('"box"', "http://box:11434"),
+        ("box:", "http://box:11434"),
+        ("https://box/ollama/", "https://box:443/ollama"),
     ],
 )
 def test_addresses(address, url):
     assert OllamaServer(address).url == url
 
 
-@pytest.mark.parametrize("address", ["ftp://box", "box:port"])
+@pytest.mark.parametrize("address", ["ftp://box", "box:port", "box:65536", "a box"])
 def test_what_is_no_address(address):
     with pytest.raises(ExportError, match="no address of a server"):
         OllamaServer(address)
+
+
+def test_a_wrong_address_loses_nothing(exported, monkeypatch):
+    monkeypatch.setenv("OLLAMA_HOST", "ftp://box")
+    with pytest.raises(ExportError, match=r"no address of a server.*is kept; when that is mended"):
+        create_in_ollama(*exported, "m")
+
+
+@pytest.mark.parametrize("answer", [b"5", b'["version"]', b"null", b"<html>", b""])
+def test_another_server_is_no_ollama(ollama, answer):
+    assert not OllamaServer(ollama(version=answer).address).runs()
 
 
 def fake_program(folder, status=0):

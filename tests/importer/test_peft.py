@@ -1,5 +1,6 @@
 """PEFT's adapters compute in MLX what they compute in PEFT; what MLX cannot hold is refused."""
 
+import itertools
 import json
 import shutil
 
@@ -11,9 +12,11 @@ from safetensors.numpy import load_file, save_file
 
 from mlx_align import api, cli
 from mlx_align.errors import AlignError, ModelError, SettingsError
+from mlx_align.export.folder import export_folder
 from mlx_align.export.gguf import export_gguf
 from mlx_align.importer.peft import import_peft
 from mlx_align.model.adapter import settings_of_adapter
+from mlx_align.model.load import load_model
 from mlx_align.model.open import open_model
 from mlx_align.model.reward import open_reward_model
 
@@ -117,6 +120,49 @@ def test_what_peft_made_computes_the_same(peft, model_folder, tmp_path, case):
     assert np.abs(np.array(model(mx.array(TOKENS))) - expected).max() < tolerance
     plain = np.array(mlx_lm.load(str(base))[0](mx.array(TOKENS)))
     assert (np.abs(plain - expected).max() > 0.01) == (case != "no update")
+
+
+@pytest.mark.parametrize(
+    ("family", "inside", "names"),
+    [
+        ("mixtral", "block_sparse_moe.experts", ("w1", "w2", "w3")),
+        ("qwen3_moe", "mlp.experts", ("gate_proj", "down_proj", "up_proj")),
+    ],
+)
+def test_single_experts_are_stacked(model_folder, tmp_path, family, inside, names):
+    base = load_model(str(model_folder(family)))
+    merged = export_folder(base, tmp_path / "merged", flavour="hf", dtype="float32")
+    weights = load_file(merged / "model.safetensors")
+    random, updates = np.random.default_rng(0), {}
+    for expert, name in itertools.product((0, 2, 3), names):
+        layer = f"model.layers.1.{inside}.{expert}.{name}"
+        outputs, inputs = weights[f"{layer}.weight"].shape
+        a = random.normal(size=(4, inputs)).astype(np.float32)
+        b = random.normal(size=(outputs, 4)).astype(np.float32)
+        updates |= {f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": b}
+        weights[f"{layer}.weight"] += 0.5 * b @ a
+    save_file(weights, merged / "model.safetensors")
+    folder = tmp_path / "peft"
+    folder.mkdir()
+    config = {
+        "peft_type": "LORA",
+        "r": 4,
+        "lora_alpha": 2,
+        "base_model_name_or_path": str(base.path),
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(
+        {f"base_model.model.{k}": x for k, x in updates.items()},
+        folder / "adapter_model.safetensors",
+    )
+    loaded, _ = open_model(import_peft(folder, tmp_path / "out"))
+    expected = np.array(load_model(str(merged)).model(mx.array(TOKENS)))
+    assert np.abs(np.array(loaded.model(mx.array(TOKENS))) - expected).max() < 1e-4
+    assert np.abs(np.array(base.model(mx.array(TOKENS))) - expected).max() > 0.01
+    name = f"base_model.model.model.layers.1.{inside}.9.{names[0]}"
+    spoil(folder, arrays={f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b})
+    with pytest.raises(ModelError, match=r"switch_mlp\..*this model needs"):
+        import_peft(folder, tmp_path / "more")
 
 
 def test_a_reward_model_of_peft(peft, model_folder, tmp_path):

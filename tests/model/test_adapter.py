@@ -5,11 +5,13 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
+import tiny
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_align.errors import ModelError, SettingsError
 from mlx_align.model.adapter import AdapterSettings, load_adapter, wear_adapter
 from mlx_align.model.load import load_model
+from mlx_align.model.open import open_model
 
 TOKENS = mx.array([[5, 9, 30, 7, 2, 11]])
 
@@ -169,3 +171,11 @@ def test_folders_that_are_no_adapter(loaded_model, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelError, match="not a complete adapter"):
         load_adapter(loaded_model().model, tmp_path)
+
+
+def test_a_run_whose_record_is_broken_is_named(model_folder, tmp_path):
+    run = tiny.make_adapter(tmp_path / "run", model_folder())
+    for broken in ("{", "[]"):
+        (run / "run.json").write_text(broken)
+        with pytest.raises(ModelError, match=r"run\.json: not"):
+            open_model(run)
