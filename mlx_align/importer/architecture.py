@@ -26,7 +26,7 @@ from mlx_align.export.architectures import (
     rotated_heads,
 )
 from mlx_align.importer.gguf_file import GGUFFile, Tensor
-from mlx_align.model.config import normalise_config
+from mlx_align.model.config import MOST_LAYERS, check_config, normalise_config
 
 log = logging.getLogger("mlx_align")
 
@@ -39,7 +39,6 @@ _UNSAID = {
     "qwen3_moe": {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True},
     "smollm3": {"no_rope_layer_interval": 4},
 }
-MOST_LAYERS = 1024
 # Tensors of a vision model that some files carry besides the text model.
 _VISION = ("v.", "mm.")
 
@@ -87,7 +86,7 @@ def find_type(file: GGUFFile) -> str:
     return MODEL_TYPES[architecture]
 
 
-def read_config(file: GGUFFile) -> dict:
+def make_config(file: GGUFFile) -> dict:
     """The config.json of a file's model, in the spellings of transformers 4 and 5.
 
     Raises `ModelError` as `find_type` does, and where the keys make no model.
@@ -147,6 +146,7 @@ def read_config(file: GGUFFile) -> dict:
             f"{file.path}: {heads} heads and {shared} of keys and values, of {head_dim} dimensions, "
             "do not make a model"
         )
+    check_config(config, file.path)
     return normalise_config(config)
 
 
