@@ -70,11 +70,6 @@ def find_type(file: GGUFFile) -> str:
     if holds != "model" or not file.tensors:
         what = "a vocabulary" if holds == "model" else f"a part of a model ({holds})"
         raise ModelError(f"{file.path}: holds only {what}; import the file of the whole model")
-    if file.integer("split.count", 1) > 1:
-        raise ModelError(
-            f"{file.path}: is one of several parts; put them together first: llama-gguf-split --merge "
-            "FIRST_PART OUTPUT"
-        )
     if architecture == "llama" and file.integer("llama.expert_count", 0):
         return "mixtral"
     if architecture not in MODEL_TYPES:

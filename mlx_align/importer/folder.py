@@ -24,7 +24,7 @@ from mlx_align.importer.architecture import (
     split_halves,
 )
 from mlx_align.importer.blocks import GROUP, float_type, is_plain, to_floats, to_packed
-from mlx_align.importer.gguf_file import GGUFFile
+from mlx_align.importer.gguf_file import read_model
 from mlx_align.importer.source import Source
 from mlx_align.importer.tokenizer import ImportedTokenizer, read_tokenizer
 from mlx_align.model.config import read_config
@@ -37,12 +37,12 @@ INDEX = "model.safetensors.index.json"
 
 
 def import_gguf(source: Source, output: Path, dtype: str | None = None) -> Path:
-    """Write the model of a GGUF file as a folder; returns it.
+    """Write the model of a GGUF file, or of several, as a folder; returns it.
 
     Quantised matrices stay so, in MLX's packing; with `dtype` all weights become floats of that type.
     Raises `ModelError` where the file is damaged or its model is not one that MLX computes alike.
     """
-    file = GGUFFile(source.path)
+    file = read_model(source.path)
     config = make_config(file)
     tokenizer = read_tokenizer(file)
     size = tokenizer.tokenizer.get_vocab_size()
