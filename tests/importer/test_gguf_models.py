@@ -315,3 +315,11 @@ def test_a_split_model_is_put_together(model_folder, tmp_path):
     with pytest.raises(ModelError, match=f"one of 3 files of a model; beside it is no {names[0]}"):
         api.import_model(tmp_path, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_window_pattern_longer_than_the_model_is_refused(model_folder, tmp_path):
+    loaded = random_model(model_folder, "gemma3_text")
+    loaded.config["sliding_window_pattern"] = 6
+    path = write_gguf(loaded, tmp_path / "m.gguf")
+    with pytest.raises(ModelError, match="sliding_window_pattern is 6 for 4 layers"):
+        api.import_model(path, output=tmp_path / "out")
