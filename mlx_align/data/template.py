@@ -11,7 +11,6 @@ ids that generation will see. Knows nothing of models, losses or batches.
 import dataclasses
 import datetime
 import hashlib
-import json
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -106,45 +105,23 @@ class ChatTemplate:
 
     def __init__(self, source: str, variables: dict | None = None, date: str | None = None):
         import jinja2
-        import jinja2.ext
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        class Generation(jinja2.ext.Extension):
-            """`{% generation %}` only marks text; what it marks is found by rendering here."""
+        from mlx_align.data.sandbox import OutOfBounds, Sandbox
 
-            tags = frozenset({"generation"})
-
-            def parse(self, parser):
-                lineno = next(parser.stream).lineno
-                body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-                return jinja2.nodes.Scope(body, lineno=lineno)
-
-        def raise_exception(message):
-            raise jinja2.exceptions.TemplateError(message)
-
-        def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-            return json.dumps(
-                value,
-                ensure_ascii=ensure_ascii,
-                indent=indent,
-                separators=separators,
-                sort_keys=sort_keys,
-            )
-
+        if not isinstance(source, str):
+            raise DataError(f"the chat template is no text but {type(source).__name__}")
         self.source = source
         self.date = date or datetime.date.today().isoformat()
         self.variables = dict(variables or {})
-        day = datetime.datetime.fromisoformat(self.date)
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
-        )
-        environment.filters["tojson"] = tojson
-        environment.globals["raise_exception"] = raise_exception
-        environment.globals["strftime_now"] = day.strftime
+        self._sandbox = Sandbox(datetime.datetime.fromisoformat(self.date))
         try:
-            self._template = environment.from_string(source)
-        except jinja2.exceptions.TemplateSyntaxError as error:
+            self._template = self._sandbox.compile_template(source)
+        except (jinja2.exceptions.TemplateSyntaxError, SyntaxError) as error:
             raise DataError(f"the chat template is not valid Jinja: {error}") from None
+        except OutOfBounds as error:
+            raise DataError(f"the chat template {error}") from None
+        except (RecursionError, MemoryError):
+            raise DataError("the chat template is nested too deep to be read") from None
 
     def with_thinking(self, thinking: bool) -> "ChatTemplate":
         """The same with its thinking mode on or off, here and wherever its `source` is rendered."""
@@ -158,19 +135,31 @@ class ChatTemplate:
     def render(self, messages, *, generation: bool, tools=None, arguments=()) -> str:
         """The text of a conversation; with `generation`, up to where the assistant begins.
 
-        Raises `Unfit` where the template refuses the conversation.
+        Raises `Unfit` where the template refuses the conversation, `DataError` where it would not end.
         """
         import jinja2
 
+        from mlx_align.data.sandbox import OutOfBounds
+
         try:
-            return self._template.render(
+            text = self._sandbox.render(
+                self._template,
                 messages=[dict(m) for m in messages],
                 tools=list(tools) if tools else None,
                 documents=None,
                 add_generation_prompt=generation,
                 **{**self.variables, **dict(arguments)},
             )
-        except (jinja2.exceptions.TemplateError, TypeError) as error:
+            text.encode()  # halves of a character, which no tokenizer takes, are a ValueError
+            return text
+        except OutOfBounds as error:
+            raise DataError(
+                f"the chat template {error}: it is broken or hostile; give another with --chat-template"
+            ) from None
+        except (
+            jinja2.exceptions.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError,
+            ValueError,
+        ) as error:  # fmt: skip
             raise Unfit(f"the chat template refuses it: {error}") from None
 
 

@@ -34,7 +34,8 @@ TOKENIZER_FILES = (
     "added_tokens.json", "vocab.json", "merges.txt", "*.tiktoken", "chat_template.jinja",
 )  # fmt: skip
 LICENCE_FILES = re.compile(r"(licen[cs]e|notice|use_policy).*", re.IGNORECASE)
-SHARD_BYTES = 5 * 2**30
+# What is held in memory until a file is written.
+SHARD_BYTES = 2**30
 # What the config of a multimodal model says for its language model too.
 _SHARED = ("torch_dtype", "dtype", "bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -118,7 +119,7 @@ def _cast(tensors, dtype) -> Iterator[tuple[str, mx.array]]:
 
 
 def write_shards(folder: Path, tensors: Iterable[tuple[str, mx.array]], format_name: str) -> None:
-    """Write safetensors of at most 5 GB as they fill; one file has no number in its name."""
+    """Write safetensors of at most 1 GB as they fill; one file has no number in its name."""
     shards, shard, size = [], {}, 0
 
     def flush():

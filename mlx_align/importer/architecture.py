@@ -26,7 +26,7 @@ from mlx_align.export.architectures import (
     rotated_heads,
 )
 from mlx_align.importer.gguf_file import GGUFFile, Tensor
-from mlx_align.model.config import normalise_config
+from mlx_align.model.config import MOST_LAYERS, check_config, normalise_config
 
 log = logging.getLogger("mlx_align")
 
@@ -39,7 +39,6 @@ _UNSAID = {
     "qwen3_moe": {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True},
     "smollm3": {"no_rope_layer_interval": 4},
 }
-MOST_LAYERS = 1024
 # Tensors of a vision model that some files carry besides the text model.
 _VISION = ("v.", "mm.")
 
@@ -71,11 +70,6 @@ def find_type(file: GGUFFile) -> str:
     if holds != "model" or not file.tensors:
         what = "a vocabulary" if holds == "model" else f"a part of a model ({holds})"
         raise ModelError(f"{file.path}: holds only {what}; import the file of the whole model")
-    if file.integer("split.count", 1) > 1:
-        raise ModelError(
-            f"{file.path}: is one of several parts; put them together first: llama-gguf-split --merge "
-            "FIRST_PART OUTPUT"
-        )
     if architecture == "llama" and file.integer("llama.expert_count", 0):
         return "mixtral"
     if architecture not in MODEL_TYPES:
@@ -87,7 +81,7 @@ def find_type(file: GGUFFile) -> str:
     return MODEL_TYPES[architecture]
 
 
-def read_config(file: GGUFFile) -> dict:
+def make_config(file: GGUFFile) -> dict:
     """The config.json of a file's model, in the spellings of transformers 4 and 5.
 
     Raises `ModelError` as `find_type` does, and where the keys make no model.
@@ -147,6 +141,7 @@ def read_config(file: GGUFFile) -> dict:
             f"{file.path}: {heads} heads and {shared} of keys and values, of {head_dim} dimensions, "
             "do not make a model"
         )
+    check_config(config, file.path)
     return normalise_config(config)
 
 

@@ -18,16 +18,16 @@ from mlx_align.export.folder import TOKENIZER_FILES, export_folder, write_shards
 from mlx_align.files import new_folder, write_json
 from mlx_align.importer.architecture import (
     Place,
+    make_config,
     place_tensors,
-    read_config,
     shares_of_kinds,
     split_halves,
 )
 from mlx_align.importer.blocks import GROUP, float_type, is_plain, to_floats, to_packed
-from mlx_align.importer.gguf_file import GGUFFile
+from mlx_align.importer.gguf_file import read_model
 from mlx_align.importer.source import Source
 from mlx_align.importer.tokenizer import ImportedTokenizer, read_tokenizer
-from mlx_align.model.config import normalise_config
+from mlx_align.model.config import read_config
 from mlx_align.model.files import read_json, weight_files
 from mlx_align.model.load import DTYPES, STORED, load_model, load_tokenizer, load_weights
 
@@ -37,13 +37,13 @@ INDEX = "model.safetensors.index.json"
 
 
 def import_gguf(source: Source, output: Path, dtype: str | None = None) -> Path:
-    """Write the model of a GGUF file as a folder; returns it.
+    """Write the model of a GGUF file, or of several, as a folder; returns it.
 
     Quantised matrices stay so, in MLX's packing; with `dtype` all weights become floats of that type.
     Raises `ModelError` where the file is damaged or its model is not one that MLX computes alike.
     """
-    file = GGUFFile(source.path)
-    config = read_config(file)
+    file = read_model(source.path)
+    config = make_config(file)
     tokenizer = read_tokenizer(file)
     size = tokenizer.tokenizer.get_vocab_size()
     if size != config["vocab_size"]:
@@ -202,14 +202,15 @@ def import_folder(source: Source, output: Path, dtype: str | None = None) -> Pat
         return export_folder(
             load_model(str(source.path), STORED), output, flavour="mlx", dtype=dtype
         )
+    config = read_config(source.path)
+    load_weights(source.path, load_tokenizer(source.path).config)
     with new_folder(output) as folder:
         for pattern in (*TOKENIZER_FILES, "generation_config.json", INDEX, "LICENSE*"):
-            for file in source.path.glob(pattern):
+            for file in filter(Path.is_file, source.path.glob(pattern)):
                 shutil.copyfile(file, folder / file.name)
-        write_json(folder / "config.json", normalise_config(read_json(source.path / "config.json")))
+        write_json(folder / "config.json", config)
         for file in files:
             _link(file.resolve(), folder / file.name)
-        _check(folder)
     return output
 
 

@@ -6,6 +6,7 @@ specification, versions 2 and 3, little endian.
 """
 
 import mmap
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ _NUMBERS = {
 }  # fmt: skip
 _STRING, _ARRAY, _FLOAT32, _BOOL = 8, 9, 6, 7
 _REQUIRED = object()
+# How the files of a split model are named.
+PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,9 +109,10 @@ class GGUFFile:
             raise ModelError(f"{self.path}: {name} is {shown}, not an integer in {least}..{most}")
         return value
 
-    def numbers(self, name: str, size: int, kinds: str = "iuf") -> np.ndarray:
-        """A key that holds `size` finite numbers of numpy's `kinds`."""
+    def numbers(self, name: str, size: int | None, kinds: str = "iuf") -> np.ndarray:
+        """A key that holds `size` (None: any number of) finite numbers of numpy's `kinds`."""
         values = self._get(name, _REQUIRED, np.ndarray, "a list of numbers")
+        size = len(values) if size is None else size
         if len(values) != size or values.dtype.kind not in kinds or not np.isfinite(values).all():
             raise ModelError(f"{self.path}: {name} is no list of {size} numbers, as it must be")
         return values
@@ -120,6 +124,39 @@ class GGUFFile:
         if value is not default and not isinstance(value, kind):
             raise ModelError(f"{self.path}: {name} is not {what}")
         return value
+
+
+def read_model(path: Path) -> GGUFFile:
+    """A model's file, with the tensors of its other files where it is split; `path` is any of them.
+
+    Raises `ModelError` where one is damaged or missing.
+    """
+    file = GGUFFile(path)
+    count = file.integer("split.count", 1)
+    if count <= 1:
+        return file
+    name = PART.fullmatch(path.name)
+    if name is None or int(name[3]) != count:
+        raise ModelError(
+            f"{path}: is one of {count} files of a model; their names must end in "
+            f"-00001-of-{count:05}.gguf and so on"
+        )
+    parts = [path.with_name(f"{name[1]}-{i:05}-of-{count:05}.gguf") for i in range(1, count + 1)]
+    missing = [part.name for part in parts if not part.is_file()]
+    if missing:
+        raise ModelError(
+            f"{path}: is one of {count} files of a model; beside it is no {', '.join(missing[:3])}"
+        )
+    whole, *others = map(GGUFFile, parts)
+    for i, part in enumerate((whole, *others)):
+        if (part.integer("split.no", None), part.integer("split.count", 1)) != (i, count):
+            raise ModelError(f"{part.path}: is not part {i + 1} of {count}, as its name says")
+    for part in others:
+        twice = whole.tensors.keys() & part.tensors.keys()
+        if twice:
+            raise ModelError(f"{part.path}: the tensor {min(twice)!r} is in another part, too")
+        whole.tensors |= part.tensors
+    return whole
 
 
 class _Reader:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mlx_align.errors import ExportError, ModelError
 from mlx_align.export.lm_studio import models_folder
+from mlx_align.importer.gguf_file import PART
 from mlx_align.model.files import read_json
 from mlx_align.model.load import resolve_model
 
@@ -44,7 +45,8 @@ def find_source(name: str | Path) -> Source:
 
 def _find_at(path: Path) -> Source:
     if path.is_file():
-        return Source(GGUF, path, plain_name(path.stem))
+        part = PART.fullmatch(path.name)
+        return Source(GGUF, path, plain_name(part[1] if part else path.stem))
     name = plain_name(path.resolve().name)
     if (path / "config.json").is_file():
         return Source(FOLDER, path, name)
@@ -52,8 +54,13 @@ def _find_at(path: Path) -> Source:
         if "peft_type" in read_json(path / "adapter_config.json"):
             return Source(PEFT, path, name)
         raise ModelError(f"{path}: is a run or an adapter of MLX; mlx-align export takes it")
-    # The vision part of a model lies in a file of its own.
-    files = [f for f in sorted(path.glob("*.gguf")) if not f.name.startswith("mmproj")]
+    # The vision part of a model lies in a file of its own; of a split model the first file stands for all.
+    models: dict[str, Path] = {}
+    for file in sorted(path.glob("*.gguf")):
+        part = PART.fullmatch(file.name)
+        if not file.name.startswith("mmproj"):
+            models.setdefault(part[1] if part else file.name, file)
+    files = list(models.values())
     if not files:
         raise ModelError(
             f"{path}: neither a model folder (no config.json) nor one with a GGUF file"
@@ -85,13 +92,15 @@ def _lm_studio_path(name: str) -> Path:
 def _find_in_ollama(name: str) -> Source:
     """A model of the local store, from [host/][namespace/]model[:tag]."""
     root = Path(os.environ.get("OLLAMA_MODELS") or "~/.ollama/models").expanduser()
-    path, _, tag = name.partition(":")
+    # A colon before a slash is that of a host's port.
+    path, tag = re.fullmatch(r"(.*?)(?::([^/:]*))?", name, re.DOTALL).groups()
     *parts, tag = _parts(f"{path}/{tag or 'latest'}", f"{OLLAMA}llama3.2:1b")
     parts = ["registry.ollama.ai", "library"][: max(0, 3 - len(parts))] + parts
     manifest = root / "manifests" / Path(*parts, tag)
     if not manifest.is_file():
         raise ModelError(
-            f"{OLLAMA}{name}: not in Ollama's store {root}; fetch it with: ollama pull {name}"
+            f"{OLLAMA}{name}: not in Ollama's store {root}; fetch it with: ollama pull {name}, or set "
+            "OLLAMA_MODELS to where the store is"
         )
     layers: dict[str, list[Path]] = {}
     found = read_json(manifest).get("layers")
@@ -109,6 +118,10 @@ def _find_in_ollama(name: str) -> Source:
             f"{OLLAMA}{name}: holds no GGUF file (it may be in Ollama's MLX format); take the model's "
             "safetensors from the Hub"
         )
+    if len(layers["model"]) > 1:
+        raise ModelError(
+            f"{OLLAMA}{name}: consists of {len(layers['model'])} files; import the original GGUF files"
+        )
     if "adapter" in layers:
         raise ModelError(
             f"{OLLAMA}{name}: wears an adapter, without which it would be another model; import its base, "
@@ -120,6 +133,6 @@ def _find_in_ollama(name: str) -> Source:
 def _parts(name: str, example: str) -> list[str]:
     """The parts of a name, each that of one file or folder."""
     parts = name.split("/")
-    if not all(re.fullmatch(r"\w[\w.+@-]*", part) for part in parts):
+    if not all(re.fullmatch(r"\w[\w.+@-]*(:\d+)?", part) for part in parts):
         raise ModelError(f"{name}: not a name; one is written like {example}")
     return parts

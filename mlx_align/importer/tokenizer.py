@@ -48,19 +48,14 @@ _BOS_BY_DEFAULT = {*_ALSO["llama-bpe"], "llama-bpe", "tekken"}
 @dataclass(frozen=True, eq=False)
 class ImportedTokenizer:
     """A rebuilt tokenizer: `config` is its tokenizer_config.json, `special` the ids of bos, eos, eot,
-    eom, unk and pad that the file names, `template` its Jinja chat template or None."""
+    eom, unk and pad that the file names, `ends` the ids that end a completion, `template` its Jinja chat
+    template or None."""
 
     tokenizer: Tokenizer
     config: dict
     special: dict[str, int]
+    ends: list[int]
     template: str | None
-
-    @property
-    def ends(self) -> list[int]:
-        """The ids that end a completion."""
-        return list(
-            dict.fromkeys(self.special[k] for k in ("eos", "eot", "eom") if k in self.special)
-        )
 
 
 def read_tokenizer(file: GGUFFile) -> ImportedTokenizer:
@@ -93,7 +88,8 @@ def read_tokenizer(file: GGUFFile) -> ImportedTokenizer:
         **{f"{k}_token": tokens[special[k]] for k in ("bos", "eos", "unk", "pad") if k in special},
         "clean_up_tokenization_spaces": False,
     }
-    return ImportedTokenizer(tokenizer, config, special, _template(file))
+    ends = _ends(file, special, len(tokens))
+    return ImportedTokenizer(tokenizer, config, special, ends, _template(file))
 
 
 def _template(file: GGUFFile) -> str | None:
@@ -122,6 +118,17 @@ def _special_ids(file, model, size) -> dict[str, int]:
             raise ModelError(f"{file.path}: {key} is {token}, but there are {size} tokens")
         found[ours] = token
     return found
+
+
+def _ends(file: GGUFFile, special: dict[str, int], size: int) -> list[int]:
+    ends = [special[kind] for kind in ("eos", "eot", "eom") if kind in special]
+    # So Ollama's own converter names them where there are several.
+    more = "tokenizer.ggml.eos_token_ids"
+    if more in file.keys:
+        ends += file.numbers(more, None, "iu").tolist()
+    if not all(0 <= token < size for token in ends):
+        raise ModelError(f"{file.path}: {more} names other ids than those of its {size} tokens")
+    return list(dict.fromkeys(ends))
 
 
 def _byte_level(file: GGUFFile, ids: dict[str, int]) -> Tokenizer:

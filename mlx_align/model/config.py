@@ -6,6 +6,56 @@ word and run with default frequencies, so the old keys are put beside the new on
 """
 
 import itertools
+import math
+import re
+from pathlib import Path
+
+from mlx_align.errors import ModelError
+from mlx_align.model.files import read_json
+
+MOST_LAYERS = 1024
+# What these hold wherever they are given; the rest is for mlx-lm to judge.
+_HOLDS = {
+    "text_config": dict, "rope_parameters": dict, "rope_scaling": dict, "quantization": dict,
+    "layer_types": list, "rope_theta": int | float, "rope_local_base_freq": int | float,
+    "rms_norm_eps": int | float, "sliding_window_pattern": int,
+}  # fmt: skip
+_WORDS = {dict: "an object", list: "a list", int: "an integer", int | float: "a number"}
+
+
+def read_config(folder: Path) -> dict:
+    """The config.json of a model folder, with old and new spellings side by side.
+
+    Raises `ModelError` where it cannot be read, or would make something else than a model.
+    """
+    path = folder / "config.json"
+    config = read_json(path)
+    if not isinstance(config.get("model_type"), str):
+        raise ModelError(f"{path}: has no model_type")
+    check_config(config, path)
+    return normalise_config(config)
+
+
+def check_config(config: dict, path: Path) -> None:
+    """Raise `ModelError` for values of the wrong kind, and for more layers than any model has."""
+    for key, value in config.items():
+        kind = _HOLDS.get(key)
+        if kind and value is not None:
+            sound = isinstance(value, kind) and not isinstance(value, bool)
+            if not sound or (isinstance(value, float) and not math.isfinite(value)):
+                raise ModelError(f"{path}: {key} is {value!r:.80}, not {_WORDS[kind]}")
+        if (
+            re.fullmatch(r"n(um)?_(\w+_)?layers?", key)
+            and isinstance(value, int | float)
+            and not value <= MOST_LAYERS
+        ):
+            raise ModelError(f"{path}: {key} is {value}; no model has more than {MOST_LAYERS}")
+    for value in config.values():
+        if isinstance(value, dict):
+            check_config(value, path)
+    layers, pattern = (config.get(k) for k in ("num_hidden_layers", "sliding_window_pattern"))
+    if isinstance(layers, int) and pattern and not 0 < pattern <= layers:
+        raise ModelError(f"{path}: sliding_window_pattern is {pattern} for {layers} layers")
 
 
 def normalise_config(config: dict) -> dict:

@@ -22,8 +22,11 @@ _SIZES = {
 
 def read_json(path: Path) -> dict:
     """The JSON object in a file. Raises `ModelError` that names the file."""
+    check_regular(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+        # Halves of characters, which JSON can spell, could not be written again.
+        json.dumps(value, ensure_ascii=False).encode()
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
@@ -31,6 +34,12 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise ModelError(f"{path}: not a JSON object")
     return value
+
+
+def check_regular(path: Path) -> None:
+    """Raise `ModelError` for what can be opened but has no end: a pipe, or a device."""
+    if path.exists() and not path.is_file():
+        raise ModelError(f"{path}: not a file")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -57,6 +66,7 @@ def check_safetensors(path: Path) -> None:
         if not sound:
             raise ModelError(f"{path}: damaged safetensors file: {what}")
 
+    check_regular(path)
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:

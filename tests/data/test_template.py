@@ -1,5 +1,7 @@
 """Records to ids: the boundary, the scored tokens, BOS and end tokens, truncation."""
 
+import time
+
 import numpy as np
 import pytest
 import tiny
@@ -314,3 +316,73 @@ def test_masks_and_ids_fit(tokenizer_of):
     assert example.prompt.dtype == np.int32 and example.scored[0].dtype == bool
     assert len(example.completions[0]) == len(example.scored[0])
     assert example.lengths == (example.packed_length,)
+
+
+# Templates that would run for ever, take all memory, or cannot even be read.
+ENDLESS = {
+    "nested ranges": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "nested letters": "{% set s = 'a' * 99999 %}{% for a in s %}{% for b in s %}{% endfor %}{% endfor %}",
+    "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "two calls each": (
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}"
+    ),
+    "power": "{{ 99999999 ** 99999999 }}",
+    "product": "{{ 'a' * 10 ** 10 }}",
+    "list": "{{ (10 ** 10 * [0]) | length }}",
+    "wide": "{{ 'a'.ljust(10 ** 10) }}",
+    "wide filter": "{{ 'a' | center(10 ** 10) }}",
+    "wide format": "{{ '%9999999999s' % 'a' }}",
+    "wide fields": "{{ '{:>9999999999}'.format('a') }}",
+    **{
+        f"doubled by {how}": (
+            "{% set n = namespace(s='ab') %}{% for i in range(60) %}"
+            + doubling
+            + "{% endfor %}{{ n.s }}"
+        )
+        for how, doubling in {
+            "joining": "{% set n.s = n.s ~ n.s %}",
+            "adding": "{% set n.s = n.s + n.s %}",
+            "a filter": "{% set n.s = n.s | replace('a', 'aaa') %}",
+            "a block": "{% set n.s %}{{ n.s }}{{ n.s }}{% endset %}",
+        }.items()
+    },
+    "much text": "{% set s = 'a' * 99999 %}{% for a in s %}{{ s }}{% endfor %}",
+    "deep": "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
+    "many loops deep": "{% for a in [1] %}" * 30 + "{% endfor %}" * 30,
+    "long": "{% if a %}b{% endif %}" * 20_000,
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_templates_without_end_are_errors(name):
+    start = time.process_time()
+    with pytest.raises(DataError, match="the chat template"):
+        ChatTemplate(ENDLESS[name]).render(turns("Hi"), generation=True)
+    assert time.process_time() - start < 10
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ ''.__class__.__mro__ }}", "{{ cycler.__init__.__globals__ }}", "{% include '/etc/passwd' %}",
+        "{{ messages.pop() }}", "{{ 1 / 0 }}", "{{ range(10 ** 9) }}", "{{ strftime_now(3) }}",
+        "{{ none() }}", "{{ messages[0].nothing.more }}", "{{ [1] | slice(0) | list }}",
+        "{{ '\\ud800' }}",
+    ],
+)  # fmt: skip
+def test_what_a_template_must_not_do_is_a_row_it_refuses(source):
+    with pytest.raises(Unfit, match="refuses it"):
+        ChatTemplate(source).render(turns("Hi"), generation=True)
+
+
+def test_bounds_change_nothing_that_templates_do():
+    source = (
+        "{% for m in messages if m.content %}{{ loop.index }}/{{ loop.length }}{{ '.' if loop.last }} "
+        "{% else %}none{% endfor %}{{ '%s-%05d' % ('a', 7) }} {{ '{:>4}'.format('b') }} {{ 2 ** 10 }} "
+        "{{ ['x', 'y'] | join('+') | upper }} {{ 1700000000 * 1000 | int }} {{ {'k': 1} | tojson }} "
+        "{% set a %}c{% endset %}{{ a ~ 'd' ~ 3 }}"
+    )
+    expected = '1/2 2/2. a-00007    b 1024 X+Y 1700000000000 {"k": 1} cd3'
+    assert ChatTemplate(source).render(turns("Hi", "Yes"), generation=True) == expected
+    with pytest.raises(DataError, match="is no text but list"):
+        ChatTemplate(["a"])

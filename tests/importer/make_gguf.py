@@ -57,14 +57,16 @@ def random_model(model_folder, family, **changes):
 
 
 def write_gguf(
-    loaded, path, kind=Kind.F32, kinds=lambda name: None, extra=lambda writer: None, tokenizer=None
-):
+    loaded, path, kind=Kind.F32, kinds=lambda name: None, extra=lambda writer: None, tokenizer=None,
+    part=0,
+):  # fmt: skip
     """Write `loaded` with matrices of a type; `kinds` may name another type for a tensor, `extra` and
-    `tokenizer` (instead of the model's own) are called with the writer."""
+    `tokenizer` (instead of the model's own) are called with the writer. With `part` it is split into
+    files of that many tensors."""
     config = loaded.config
     family = config["model_type"]
     architecture = ARCHITECTURES[family]
-    writer = gguf.GGUFWriter(str(path), architecture)
+    writer = gguf.GGUFWriter(str(path), architecture, split_max_tensors=part)
     heads, head_dim = config["num_attention_heads"], config.get("head_dim") or 16
     writer.add_type("model")
     writer.add_context_length(config["max_position_embeddings"])

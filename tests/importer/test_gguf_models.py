@@ -1,6 +1,7 @@
 """Models of GGUF files compute in MLX what they computed before, and what llama.cpp computes."""
 
 import json
+import shutil
 
 import gguf
 import mlx.core as mx
@@ -16,6 +17,7 @@ from mlx_align.errors import ModelError, SettingsError
 from mlx_align.export.gguf import export_gguf
 from mlx_align.importer.blocks import to_floats, to_packed
 from mlx_align.importer.gguf_file import GGUFFile
+from mlx_align.importer.source import find_source
 from mlx_align.model.load import STORED, load_model
 
 IDS = list(range(5, 60, 3))
@@ -279,7 +281,7 @@ def test_a_file_where_a_model_is_wanted_shows_the_way(model_folder, tmp_path):
     ("extra", "words"),
     [
         (lambda w: w.add_uint32("llama.expert_count", 4), "has no key llama.expert_used_count"),
-        (lambda w: w.add_uint16("split.count", 3), "llama-gguf-split --merge"),
+        (lambda w: w.add_uint16("split.count", 3), "must end in -00001-of-00003.gguf"),
         (lambda w: w.add_tensor("blk.0.strange.weight", np.ones(4, np.float32)), "has no place"),
         (
             lambda w: w.add_tensor("rope_freqs.weight", np.array([1, 2, 3, 3] * 2, "f4")),
@@ -294,3 +296,30 @@ def test_what_cannot_be_imported_is_refused(model_folder, tmp_path, extra, words
     with pytest.raises(ModelError, match=words):
         api.import_model(path, output=tmp_path / "out")
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_split_model_is_put_together(model_folder, tmp_path):
+    loaded = random_model(model_folder, "llama")
+    write_gguf(loaded, tmp_path / "Tiny.gguf", part=8)
+    names = [f"Tiny-{i:05}-of-00003.gguf" for i in (1, 2, 3)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
+    for source in (tmp_path, tmp_path / names[1]):
+        assert find_source(source).name == "Tiny"
+        out = api.import_model(source, output=tmp_path / "out")
+        check_weights(loaded, load_model(str(out), STORED))
+        shutil.rmtree(out)
+    (tmp_path / names[2]).write_bytes((tmp_path / names[1]).read_bytes())
+    with pytest.raises(ModelError, match="is not part 3 of 3, as its name says"):
+        api.import_model(tmp_path, output=tmp_path / "out")
+    (tmp_path / names[0]).unlink()
+    with pytest.raises(ModelError, match=f"one of 3 files of a model; beside it is no {names[0]}"):
+        api.import_model(tmp_path, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_window_pattern_longer_than_the_model_is_refused(model_folder, tmp_path):
+    loaded = random_model(model_folder, "gemma3_text")
+    loaded.config["sliding_window_pattern"] = 6
+    path = write_gguf(loaded, tmp_path / "m.gguf")
+    with pytest.raises(ModelError, match="sliding_window_pattern is 6 for 4 layers"):
+        api.import_model(path, output=tmp_path / "out")

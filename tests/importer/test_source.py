@@ -70,12 +70,32 @@ def test_an_old_file_of_ollamas_has_no_jinja_template(model_folder, tmp_path, mo
 
 
 @pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("tiny", "registry.ollama.ai/library/tiny/latest"),
+        ("someone/tiny:1b", "registry.ollama.ai/someone/tiny/1b"),
+        ("hf.co/someone/Some-GGUF", "hf.co/someone/Some-GGUF/latest"),
+        ("localhost:5000/someone/tiny", "localhost:5000/someone/tiny/latest"),
+        ("localhost:5000/someone/tiny:1b", "localhost:5000/someone/tiny/1b"),
+    ],
+)
+def test_names_of_ollamas(gguf_file, tmp_path, monkeypatch, name, place):
+    ollama_store(tmp_path / "store", gguf_file, place)
+    monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "store"))
+    found = find_source(f"ollama:{name}")
+    assert found.path.read_bytes() == gguf_file.read_bytes()
+    assert "/" not in found.name and ":" not in found.name
+
+
+@pytest.mark.parametrize(
     ("name", "words"),
     [
         ("ollama:tiny:7b", "ollama pull tiny:7b"),
         ("ollama:../../etc:x", "not a name"),
         ("ollama:tiny:../1b", "not a name"),
         ("ollama:/tiny", "not a name"),
+        ("ollama:tiny:1b:2b", "not a name"),
+        ("ollama:a:..:b/c/d", "not a name"),
         ("ollama:", "not a name"),
         ("lmstudio:../x/y", "not a name"),
         ("lmstudio:a/b", "LM Studio's folder ~/.lmstudio is not here"),
@@ -99,6 +119,7 @@ def test_names_that_lead_nowhere(gguf_file, tmp_path, monkeypatch, name, words):
             lambda m: m["layers"][0].update(mediaType="application/vnd.ollama.image.tensor"),
             "no GGUF",
         ),
+        (lambda m: m["layers"].append(m["layers"][0]), "consists of 2 files"),
         (lambda m: m.update(layers="x"), "no GGUF"),
         (lambda m: m.update(layers=[3]), "without a digest"),
         (

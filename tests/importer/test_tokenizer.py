@@ -144,3 +144,18 @@ def test_every_end_and_the_beginning_come_from_the_file(model_folder, tmp_path):
     ids = tokenizer.encode("Hello")
     assert (ids[0], ids[-1]) == (5, 7)
     assert tokenizer.eos_token_id == 7 and {7, 8, 9} <= set(tokenizer.eos_token_ids)
+
+
+def test_ends_as_ollamas_converter_names_them(model_folder, tmp_path):
+    loaded = load_model(str(model_folder("llama")), STORED)
+
+    def ends(*ids):
+        def add(writer):
+            writer.add_array("tokenizer.ggml.eos_token_ids", list(ids))
+
+        return GGUFFile(write_gguf(loaded, tmp_path / "m.gguf", extra=add))
+
+    eos = loaded.tokenizer.eos_token_id
+    assert read_tokenizer(ends(eos, 8, 9)).ends == [eos, 8, 9]
+    with pytest.raises(ModelError, match="names other ids than those of its 400 tokens"):
+        read_tokenizer(ends(eos, 400))

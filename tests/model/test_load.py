@@ -1,13 +1,15 @@
 """Loading: configs of both spellings, clear words for what is missing."""
 
 import json
+import os
 import shutil
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_align.errors import ModelError
+from mlx_align import api
+from mlx_align.errors import AlignError, ModelError
 from mlx_align.model.config import normalise_config
 from mlx_align.model.load import load_model
 from mlx_align.model.open import open_model
@@ -140,3 +142,81 @@ def test_an_adapter_without_base_needs_one(tmp_path, model_folder):
     mx.save_safetensors(str(tmp_path / "adapters.safetensors"), {"x": mx.zeros(1)})
     with pytest.raises(ModelError, match="give it with --model"):
         open_model(tmp_path)
+
+
+def spoil_json(name, **changes):
+    def spoil(folder):
+        values = json.loads((folder / name).read_text())
+        for path, value in changes.items():
+            *outer, last = path.split("__")
+            inside = values
+            for key in outer:
+                inside = inside[key]
+            inside[last] = value
+        (folder / name).write_text(json.dumps(values))
+
+    return spoil
+
+
+def replace_by_pipe(name):
+    def spoil(folder):
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+
+    return spoil
+
+
+SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
+HOSTILE = [
+    *[
+        (spoil_json("config.json", **{key: value}), words)
+        for key, value, words in [
+            ("num_hidden_layers", 10**9, "no model has more than 1024"),
+            ("text_config", {"n_layer": 10**12}, "no model has more than 1024"),
+            ("hidden_size", 0, "cannot be loaded"),
+            ("hidden_size", 2**62, "cannot be loaded"),
+            ("vocab_size", -1, "cannot be loaded"),
+            ("num_attention_heads", 0, "cannot be loaded"),
+            ("rope_scaling", 3, "rope_scaling is 3, not an object"),
+            ("rope_theta", "x", "rope_theta is 'x', not a number"),
+            ("rope_theta", float("nan"), "rope_theta is nan, not a number"),
+            ("layer_types", {"a": 1}, "not a list"),
+            ("sliding_window_pattern", 3, "is 3 for 2 layers"),
+            ("quantization_config", {"quant_method": "awq"}, "cannot be loaded"),
+            ("model_type", [], "has no model_type"),
+            ("model_type", "\ud800", "not valid JSON"),
+            ("eos_token_id", {"a": 1}, "not the id of a token"),
+            ("model_file", "evil.py", "cannot be loaded"),
+            ("a", json.loads("[" * 500 + "]" * 500), "cannot be loaded"),
+        ]
+    ],
+    (spoil_json("tokenizer.json", model={}), "its tokenizer cannot be loaded"),
+    (spoil_json("tokenizer.json", model__merges=[["no", "where"]]), "tokenizer cannot be loaded"),
+    (spoil_json("tokenizer.json", model__vocab__a=-1), "its tokenizer cannot be loaded"),
+    (
+        # Takes exponential time, if nothing stops it.
+        spoil_json(
+            "tokenizer.json",
+            pre_tokenizer={**SPLIT, "pattern": {"Regex": "^(([a-z ,])+.)+[A-Z]([a-z])+$"}},
+        ),
+        "its tokenizer cannot be loaded",
+    ),
+    (spoil_json("tokenizer_config.json", chat_template=3), "the chat template is no text"),
+    (spoil_json("tokenizer_config.json", model_max_length="x"), "its tokenizer cannot be loaded"),
+    (replace_by_pipe("tokenizer.json"), "tokenizer.json: not a file"),
+    (replace_by_pipe("model-2.safetensors"), "model-2.safetensors: not a file"),
+    (replace_by_pipe("generation_config.json"), "generation_config.json: not a file"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "words"), HOSTILE)
+def test_hostile_folders_are_refused(model_folder, tmp_path, spoil, words):
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder("llama"), folder)
+    spoil(folder)
+    with pytest.raises(AlignError, match=words):
+        load_model(str(folder))
+    with pytest.raises(AlignError, match=words) as caught:
+        api.import_model(folder, output=tmp_path / "out")
+    assert ".out.tmp" not in str(caught.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
