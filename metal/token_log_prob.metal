@@ -5,7 +5,8 @@
 //   forward     L_i = log sum_j exp(z_ij), z_i at the target, max_j z_ij, sum_j p_ij z_ij with
 //               p = exp(z - L), and log sum_j exp(2 z_ij)
 //   gradient    dx_ij = (a_i [j = target_i] + b_i exp(z_ij - L_i)) dz_ij / dx_ij
-//   log_ratio   l_i = z_i at the target - L_i for both, l - l', and exp(l' - l) - 1 - (l' - l)
+//   log_ratio   l_i = z_i at the target - L_i for both, l - l', exp(l' - l) - 1 - (l' - l), and
+//               L_i - sum_j p_ij z_ij of the first
 //
 // The sums run online, with a running maximum (Milakov and Gimelshein 2018, arXiv:1805.02867). The chunk
 // may be columns [first, first + V) of a wider vocabulary: a target outside counts 0, parts are joined
@@ -179,6 +180,7 @@ template <typename T>
     device float* log_probs [[buffer(5)]],
     device float* log_ratios [[buffer(6)]],
     device float* k3 [[buffer(7)]],
+    device float* entropies [[buffer(8)]],
     uint3 threadgroup_position_in_grid [[threadgroup_position_in_grid]],
     uint thread_index_in_threadgroup [[thread_index_in_threadgroup]],
     uint thread_index_in_simdgroup [[thread_index_in_simdgroup]],
@@ -202,6 +204,7 @@ template <typename T>
     log_probs[row] = log_prob;
     log_ratios[row] = log_ratio;
     k3[row] = exp_less_line(-log_ratio);
+    entropies[row] = log_sum - mass.top - mass.weighted / mass.total;
   }
 }
 

@@ -79,6 +79,8 @@ def export_folder(
 def licence_files(folder: Path) -> list[Path]:
     """What a model's folder says of how it may be used, the licence itself first."""
     return sorted(f for f in folder.iterdir() if LICENCE_FILES.fullmatch(f.name) and f.is_file())
+
+
 def written_matrices(
     loaded: LoadedModel, folder: Path
 ) -> Iterator[tuple[str, Callable[[], mx.array]]]:

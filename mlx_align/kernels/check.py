@@ -96,8 +96,8 @@ def check_log_probs(score: Callable, ratios: Callable, dtype: str) -> dict[str, 
     found = {"logp": scores.logp, "entropy": scores.entropy, "collision": scores.collision}
     _collect(errors, {**found, "logits": gradient}, expected)
     compared, ratio = ratios(logits, other, targets), expected["logp"] - fixed["logp"]
-    found = {"log_ratio": compared.log_ratio, "k3": compared.k3}
-    _collect(errors, found, {"log_ratio": ratio, "k3": np.expm1(-ratio) + ratio})
+    found = {"log_ratio": compared.log_ratio, "k3": compared.k3, "entropy": compared.entropy}
+    _collect(errors, found, {**expected, "log_ratio": ratio, "k3": np.expm1(-ratio) + ratio})
     return errors
 
 

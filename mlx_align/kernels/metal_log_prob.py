@@ -128,22 +128,23 @@ def scores_of_logits(
 
 def ratios_of_logits(
     policy: mx.array, reference: mx.array, targets: mx.array, chunk: Chunk = WHOLE
-) -> tuple[mx.array, mx.array, mx.array]:
-    """(log-probability, log-ratio, k3) of targets, float32[n], differentiable in the policy's logits.
+) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    """(log-probability, log-ratio, k3, entropy) of targets, float32[n].
 
-    Both chunks hold all columns and have one dtype. The log-ratio is the k1 estimate of the KL.
+    Both chunks hold all columns and have one dtype. The log-ratio is the k1 estimate of the KL. The
+    first three are differentiable in the policy's logits.
     """
 
     @mx.custom_function
     def compare(policy, reference, targets):
         arrays = [policy, reference]
-        return tuple(_reduce("token_log_prob_log_ratio", arrays, targets, chunk, 4))
+        return tuple(_reduce("token_log_prob_log_ratio", arrays, targets, chunk, 5))
 
     @compare.vjp
     def backward(primals, cotangents, outputs):
         policy, reference, targets = primals
-        log_sum, _, log_ratio, _ = outputs
-        _, by_log_prob, by_log_ratio, by_k3 = cotangents
+        log_sum, _, log_ratio, *_ = outputs
+        _, by_log_prob, by_log_ratio, by_k3, _ = cotangents
         upstream = by_log_prob + by_log_ratio - by_k3 * mx.expm1(-log_ratio)
         gradient = chunk_gradient(policy, targets, log_sum, upstream, -upstream, chunk)
         return gradient, mx.zeros_like(reference), None

@@ -275,13 +275,21 @@ def plain_log_probs(logits, targets, *, moments: bool = False) -> TokenScores:
 class TokenRatios(NamedTuple):
     """What two models say of M targets, float32[M] each.
 
-    logp is the policy's; log_ratio = logp - that of the reference, the k1 estimate of the KL; k3 = exp(-
-    log_ratio) - 1 + log_ratio (Schulman 2020, Approximating KL divergence).
+    logp and entropy (nats, through which no gradient flows) are the policy's; log_ratio = logp - that of
+    the reference, the k1 estimate of the KL; k3 = exp(-log_ratio) - 1 + log_ratio (Schulman 2020,
+    Approximating KL divergence).
     """
 
     logp: mx.array
     log_ratio: mx.array
     k3: mx.array
+    entropy: mx.array
+
+    @classmethod
+    def of(cls, policy: TokenScores, reference: mx.array) -> "TokenRatios":
+        """From scores with moments, and the reference's log-probabilities."""
+        log_ratio = policy.logp - reference
+        return cls(policy.logp, log_ratio, mx.expm1(-log_ratio) + log_ratio, policy.entropy)
 
 
 def log_ratios(policy: mx.array, reference: mx.array, targets: mx.array) -> TokenRatios:
@@ -297,9 +305,8 @@ def log_ratios(policy: mx.array, reference: mx.array, targets: mx.array) -> Toke
 
 def plain_log_ratios(policy, reference, targets) -> TokenRatios:
     """`log_ratios` in MLX's own operations."""
-    logp = plain_log_probs(policy, targets).logp
-    log_ratio = logp - plain_log_probs(reference, targets).logp
-    return TokenRatios(logp, log_ratio, mx.expm1(-log_ratio) + log_ratio)
+    scores = plain_log_probs(policy, targets, moments=True)
+    return TokenRatios.of(scores, plain_log_probs(reference, targets).logp)
 
 
 def trained_log_probs(

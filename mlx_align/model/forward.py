@@ -1,14 +1,20 @@
 """From a batch to the log-probability of every predicted token: the one path for all methods."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_align.data.packing import Batch, pack, pad, split_into_packs
 from mlx_align.data.template import Example, make_example
-from mlx_align.kernels.token_log_prob import TokenScores, full_log_probs
+from mlx_align.kernels.token_log_prob import (
+    TokenRatios,
+    TokenScores,
+    full_log_probs,
+    log_ratios,
+)
 from mlx_align.model.load import LoadedModel
 from mlx_align.model.packed import PackLayout, install_hooks
 
@@ -47,6 +53,35 @@ def token_scores(
     return loaded.head.log_probs(
         states, targets, gradient=gradient, moments=moments, temperature=temperature
     )
+
+
+def token_ratios(
+    loaded: LoadedModel,
+    reference: Callable[[], AbstractContextManager[LoadedModel]],
+    batch: Batch,
+    *,
+    temperature: float = 1.0,
+) -> TokenRatios:
+    """The scores of each target of a batch beside those of a reference, which `reference` puts on.
+
+    The policy's are those of `token_scores`, to the last bit. Where the models give whole logits, both
+    are compared in one pass over them.
+    """
+
+    def logits(model):
+        return predicting_states(model, batch).astype(mx.float32) / temperature
+
+    if loaded.head is None:
+        own = logits(loaded)
+        mx.eval(own)
+        with reference() as other:
+            if other.head is None:
+                return log_ratios(own, logits(other), mx.array(batch.target))
+    scores = token_scores(loaded, batch, moments=True, temperature=temperature)
+    # Before the reference's pass, so that the insides of one are in memory at a time.
+    mx.eval(scores)
+    with reference() as other:
+        return TokenRatios.of(scores, token_scores(other, batch, temperature=temperature).logp)
 
 
 def completion_log_probs(loaded: LoadedModel, batch: Batch) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from mlx_align.data.packing import Batch
 from mlx_align.data.template import Example, make_example
-from mlx_align.model.forward import make_batches, token_scores
+from mlx_align.model.forward import make_batches, token_ratios, token_scores
 from mlx_align.rollout.advantages import (
     gae,
     group_advantages,
@@ -73,14 +73,19 @@ class PolicyTeacher(Teacher):
         examples = self._examples(rollout)
         groups = self._minibatches(examples)
         entropy = tokens = 0.0
-        old, ref, value = {}, {}, {}
+        old, ref, kl, value = {}, {}, {}, {}
         for pack in (p for group in groups for p in group):
-            scores = token_scores(loaded, pack, moments=True, temperature=method.temperature)
+            if self._reference is None:
+                scores = token_scores(loaded, pack, moments=True, temperature=method.temperature)
+            else:
+                scores = token_ratios(
+                    loaded, self._reference.worn, pack, temperature=method.temperature
+                )
+                ref |= pack.by_example_tokens(np.array(scores.logp - scores.log_ratio))
+                kl |= pack.by_example_tokens(np.array(scores.log_ratio, np.float64))
             old |= pack.by_example_tokens(np.array(scores.logp))
             entropy += float((np.array(scores.entropy) * pack.weight).sum())
             tokens += float(pack.weight.sum())
-            if self._reference is not None:
-                ref |= pack.by_example_tokens(self._reference.log_probs(pack))
             if self._critic is not None:
                 value |= pack.by_example_tokens(self._critic.values(pack))
         gaps = [
@@ -91,7 +96,6 @@ class PolicyTeacher(Teacher):
             "entropy": entropy / max(tokens, 1),
             "sampling/logp_gap": float(np.concatenate(gaps).mean()) if tokens else 0.0,
         }
-        kl = {uid: kl_penalties(old[uid], ref[uid]) for uid in ref}
         if kl:
             found["objective/kl"] = float(np.mean([_sums(e, kl[e.uid]) for e in examples]))
         advantages, returns = self._advantages(rollout, examples, kl, value, beta, found)

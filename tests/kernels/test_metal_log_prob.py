@@ -95,12 +95,13 @@ def test_ratios_of_two_models(kernels, dtype):
     ratio = ours["logp"] - theirs["logp"]
 
     def loss(policy, other):
-        logp, log_ratio, k3 = log_ratios(policy, other, targets)
+        logp, log_ratio, k3, _ = log_ratios(policy, other, targets)
         return ((0.5 * logp + 2 * log_ratio + 3 * k3) * upstream).sum()
 
     found = log_ratios(policy, other, targets)
     assert close(found.logp, ours["logp"], 1e-5)
     assert close(found.log_ratio, ratio, 1e-5)
+    assert close(found.entropy, ours["entropy"], 1e-5)
     assert np.allclose(exact(found.k3), np.expm1(-ratio) + ratio, rtol=2e-4, atol=1e-6)
     by_policy, by_other = mx.grad(loss, argnums=(0, 1))(policy, other)
     factor = np.array(upstream) * (2.5 + 3 * (1 - np.exp(-ratio)))
