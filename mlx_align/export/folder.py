@@ -227,6 +227,11 @@ def copy_tokenizer(loaded: LoadedModel, folder: Path) -> None:
         backend = getattr(loaded.tokenizer, "backend_tokenizer", None)
         if backend is not None:
             backend.save(str(folder / "tokenizer.json"))
+    path = folder / "tokenizer_config.json"
+    config = read_json(path) if path.exists() else {}
+    if getattr(loaded.tokenizer, "cut_as_saved", False):
+        # The class that takes tokenizer.json as it is.
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
     source = loaded.template.source if loaded.template is not None else None
     if source and "score" in loaded.model:
         # Training ends a text with the token that ends a turn and reads the score there; many templates
@@ -237,6 +242,6 @@ def copy_tokenizer(loaded: LoadedModel, folder: Path) -> None:
         )
     if source:
         (folder / "chat_template.jinja").write_text(source, encoding="utf-8")
-        path = folder / "tokenizer_config.json"
-        if path.exists():
-            write_json(path, {**read_json(path), "chat_template": source})
+        config["chat_template"] = source
+    if path.exists():
+        write_json(path, config)

@@ -191,6 +191,7 @@ def load_tokenizer(
         ends = (config.get("text_config") or {}).get("eos_token_id")
     with _judged(path, "its tokenizer cannot be loaded"):
         tokenizer = load(path, eos_token_ids=ends)
+        _cut_as_saved(tokenizer, path)
         # Some damage shows only in use.
         tokenizer.decode(tokenizer.encode(_PROBE))
     template = find_template(tokenizer, chat_template, date)
@@ -198,6 +199,26 @@ def load_tokenizer(
         turn, _ = end_of_turn(tokenizer, template)
         tokenizer.eos_token_ids = {*tokenizer.eos_token_ids, turn} - {None}
     return LoadedTokenizer(tokenizer, template, config, path)
+
+
+def _cut_as_saved(tokenizer, path: Path) -> None:
+    """Let a byte-level tokenizer cut texts as its tokenizer.json says.
+
+    transformers 5 makes some classes (GPT2Tokenizer, which SmolLM 2 names) anew from tokens and merges,
+    with cuts of their own. `tokenizer.cut_as_saved` says that this was mended.
+    """
+    from tokenizers import Tokenizer
+
+    file, backend = path / "tokenizer.json", getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or backend.pre_tokenizer is None or not file.is_file():
+        return
+    saved = Tokenizer.from_file(str(file)).pre_tokenizer
+    byte_level = all("ByteLevel" in repr(cuts) for cuts in (saved, backend.pre_tokenizer))
+    if byte_level and saved.pre_tokenize_str(_PROBE) != backend.pre_tokenizer.pre_tokenize_str(
+        _PROBE
+    ):
+        backend.pre_tokenizer = saved
+        tokenizer.cut_as_saved = True
 
 
 @contextlib.contextmanager
