@@ -188,7 +188,7 @@ def test_a_check_of_right_kernels(kernels, quick, variant):
     ("variant", "right", "wrong"),
     [
         (Variant("tree_attention", "float32", 64), "key <= query &&", "key < query &&"),
-        (Variant("tree_attention", "float32", 64), "1.0f / total : 0.0f", "NAN : 0.0f"),
+        (Variant("tree_attention", "float32", 64), "0.0f : 1.0f / total", "0.0f : NAN"),
         (
             Variant("token_log_prob", "float32"),
             "if (j == target) factor +=",

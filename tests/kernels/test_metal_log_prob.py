@@ -82,6 +82,28 @@ def test_logits_far_below_zero(kernels):
     assert close(found.logp, expected["logp"], 0.07)  # a float32 near 1e6 has steps of 1 / 16
 
 
+def test_words_that_are_ruled_out(kernels):
+    """Logits of minus infinity count nothing."""
+    logits, targets, upstream = problem(5, 507)
+    logits[:, 3] = -mx.inf
+    rest, shifted = np.delete(exact(logits), 3, axis=1), np.array(targets)
+    expected = reference.token_log_probs(rest, shifted - (shifted > 3), np.array(upstream))
+    found = full_log_probs(logits, targets, moments=True)
+    for name in ("logp", "entropy", "collision"):
+        assert close(getattr(found, name), expected[name], 1e-5), name
+    gradient = mx.grad(lambda z: (full_log_probs(z, targets).logp * upstream).sum())(logits)
+    assert close(gradient[:, mx.array([0, 1, 2, *range(4, 507)])], expected["logits"], 3e-6)
+    assert not exact(gradient)[:, 3].any()
+
+
+def test_what_is_not_a_number_shows(kernels):
+    logits, targets, _ = problem(5, 507)
+    logits[2, 300] = mx.nan
+    found = full_log_probs(logits, targets, moments=True)
+    for name in ("logp", "entropy", "collision"):
+        assert np.isnan(exact(getattr(found, name))).tolist() == [False, False, True, False, False]
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_ratios_of_two_models(kernels, dtype):
     """Values, and the gradient of a mixture of all three outputs by the policy alone."""
