@@ -8,7 +8,7 @@ import pytest
 from harness import WAYS, close, exact, use_kernels
 
 from mlx_align.kernels import reference, token_log_prob
-from mlx_align.kernels.metal_log_prob import Chunk, chunk_scores, scores_of_logits
+from mlx_align.kernels.metal_log_prob import Chunk, chunk_gradient, chunk_scores, scores_of_logits
 from mlx_align.kernels.token_log_prob import (
     Projection,
     frozen_log_probs,
@@ -65,7 +65,7 @@ def test_soft_cap_and_temperature(kernels, softcap, temperature):
 
 
 def test_parts_of_the_vocabulary_join_to_the_whole(kernels):
-    logits, _, _ = problem(9, 1503)
+    logits, _, upstream = problem(9, 1503)
     cuts = [0, 8, 700, 1503]
     targets = mx.array([0, 7, 8, 9, 699, 700, 701, 1501, 1502])
     whole = chunk_scores(logits, targets)
@@ -73,6 +73,13 @@ def test_parts_of_the_vocabulary_join_to_the_whole(kernels):
     joined = parts[0].joined(parts[1]).joined(parts[2])
     for name in whole._fields:
         assert close(getattr(joined, name), exact(getattr(whole, name)), 1e-6), name
+
+    def gradient(a, b):
+        about = targets, whole.log_sum, upstream, -upstream, Chunk(a)
+        return chunk_gradient(logits[:, a:b], *about)
+
+    parts = mx.concatenate([gradient(a, b) for a, b in itertools.pairwise(cuts)], axis=1)
+    assert np.array_equal(parts, gradient(0, 1503))
 
 
 def test_logits_far_below_zero(kernels):

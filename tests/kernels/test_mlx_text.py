@@ -1,4 +1,4 @@
-"""The very text that MLX hands to Metal's compiler compiles and computes; elsewhere the emulator writes it."""
+"""The text that MLX writes for our kernels compiles and computes; elsewhere the emulator writes one."""
 
 import re
 

@@ -23,7 +23,7 @@ from metal.emulator.source import translate
 OPTIONS = [
     *(option for option in KERNEL if option != "-w"),
     *("-Werror=pre-c++17-compat", "-Werror=pre-c++20-compat"),
-    *("-DMETAL_LINT", "-isystem", str(HEADERS)),
+    *("-DMETAL_LINT", "-O0", "-isystem", str(HEADERS)),
 ]
 
 
