@@ -330,7 +330,7 @@ def test_shapes_strides_and_scalars_come_as_mlx_passes_them():
         ("y[0] = max(x[0], 1);", "ambiguous"),
         ("undeclared();", "test, source:1"),
         ("float fragment = x[0]; y[0] = fragment;", "test, source:1"),  # a reserved word
-        ("double d = x[0];", "double"),
+        ("double d = x[0];", "poisoned"),
         ("simdgroup_half8x8 a; simdgroup_load(a, x);", "memory of its own type"),
         (
             "const simdgroup_float8x8 a; simdgroup_float8x8 c; simdgroup_multiply(c, a, a);",
