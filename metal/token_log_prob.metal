@@ -80,7 +80,8 @@ inline Mass row_mass(const device T* row, const Shape shape, threadgroup float4*
     }
     mass = mass.moved(top);
     for (int k = 0; k < kBatch; k++) {
-      const float share = z[k] > 0.5f * kLowest ? exp(z[k] - top) : 0.0f;
+      if (z[k] <= kLowest) continue;  // not there, or minus infinity; 0 times that were NaN
+      const float share = exp(z[k] - top);
       mass.total += share;
       mass.weighted += share * (z[k] - top);
       mass.squares += share * share;

@@ -89,20 +89,19 @@ template <typename T, int D, int HELD>
 struct RowBlock {
   simdgroup_matrix<T, 8, 8> held[HELD ? D / 8 : 1];
   const device T* source;
-  bool live;
 
-  // `source` is this lane's place in the first fragment; `live` is false for rows that do not exist.
-  RowBlock(const device T* source, bool live) : source(source), live(live) {
+  // `source` is this lane's place in the first fragment.
+  explicit RowBlock(const device T* source) : source(source) {
     if (HELD) {
       UNROLL for (int d = 0; d < D / 8; d++) held[d] = read(d);
     }
   }
 
   simdgroup_matrix<T, 8, 8> read(int d) const {
-    simdgroup_matrix<T, 8, 8> fragment;
-    fragment.thread_elements()[0] = live ? source[8 * d] : T(0);
-    fragment.thread_elements()[1] = live ? source[8 * d + 1] : T(0);
-    return fragment;
+    simdgroup_matrix<T, 8, 8> part;
+    part.thread_elements()[0] = source[8 * d];
+    part.thread_elements()[1] = source[8 * d + 1];
+    return part;
   }
 
   simdgroup_matrix<T, 8, 8> at(int d) const {
@@ -111,7 +110,8 @@ struct RowBlock {
   }
 };
 
-// R rows of D values into threadgroup memory, zeros where there are no more than `rows`.
+// R rows of D values into threadgroup memory, zeros where there are no more than `rows`. Four values are
+// moved at a time, which is why tiles are declared in fours: an array of T is aligned for one only.
 template <typename T, int R, int D, int LD>
 inline void load_tile(threadgroup T* tile, const device T* source, int rows, ushort thread_id) {
   for (int e = int(thread_id) * 4; e < R * D; e += kThreads * 4) {
@@ -199,10 +199,12 @@ template <typename T, int D, int R, int HELD>
     uint thread_index_in_simdgroup [[thread_index_in_simdgroup]],
     uint simdgroup_index_in_threadgroup [[simdgroup_index_in_threadgroup]]) {
   constexpr int LD = D + 16 / sizeof(T);
-  threadgroup T key_tile[R * LD];
-  threadgroup T value_tile[R * LD];
+  threadgroup vec<T, 4> key_store[R * LD / 4];
+  threadgroup vec<T, 4> value_store[R * LD / 4];
   threadgroup int tile_ends[R];
   threadgroup int tile_positions[R];
+  threadgroup T* key_tile = (threadgroup T*)key_store;
+  threadgroup T* value_tile = (threadgroup T*)value_store;
   const Sizes size(sizes);
   const ushort thread_id = thread_index_in_threadgroup, simdgroup = simdgroup_index_in_threadgroup;
   const int row = fragment_row(thread_index_in_simdgroup);
@@ -220,8 +222,9 @@ template <typename T, int D, int R, int HELD>
   const int query = rows.first + 8 * simdgroup + row, query_position = positions[query];
   const Span mine = rows.narrowed(simdgroup, ends[query], query_position);
   const bool live = query < size.tokens;
+  // A row that does not exist stands for the first one: it sees nothing, and is not written.
   const size_t place = (query_base + (live ? query : 0)) * D + column;
-  const RowBlock<T, D, HELD> q(queries + place, live);
+  const RowBlock<T, D, HELD> q(queries + place);
   Sums output[D / 8];
   UNROLL for (int d = 0; d < D / 8; d++) output[d] = zeros();
   float top = kHidden, total = 0.0f;
@@ -243,7 +246,7 @@ template <typename T, int D, int R, int HELD>
     Sums scores[R / 8];
     UNROLL for (int j = 0; j < R / 8; j++) scores[j] = zeros();
     UNROLL for (int d = 0; d < D / 8; d++) {
-      const simdgroup_matrix<T, 8, 8> qd = q.at(d);
+      simdgroup_matrix<T, 8, 8> qd = q.at(d);
       UNROLL for (int j = 0; j < R / 8; j++) {
         simdgroup_matrix<T, 8, 8> k;
         simdgroup_load(k, key_tile + 8 * j * LD + 8 * d, LD, ulong2(0), true);
@@ -268,7 +271,7 @@ template <typename T, int D, int R, int HELD>
     UNROLL for (int j = 0; j < R / 8; j++) {
       UNROLL for (int e = 0; e < 2; e++) {
         const float score = scores[j].thread_elements()[e];
-        const float mass = score > 0.5f * kHidden ? fast::exp2(score - highest) : 0.0f;
+        const float mass = score == kHidden ? 0.0f : fast::exp2(score - highest);
         scores[j].thread_elements()[e] = mass;
         sum += mass;
       }
@@ -285,7 +288,7 @@ template <typename T, int D, int R, int HELD>
       }
     }
   }
-  const float inverse = total > 0.0f ? 1.0f / total : 0.0f;
+  const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
   if (live) {
     UNROLL for (int d = 0; d < D / 8; d++) {
       out[place + 8 * d] = T(output[d].thread_elements()[0] * inverse);
@@ -294,7 +297,7 @@ template <typename T, int D, int R, int HELD>
   }
   if (column == 0) {
     const size_t line = size_t(batch * size.heads + head) * size.padded + query;
-    log_sums[line] = total > 0.0f ? (top + log2(total)) * kLn2 : -kHidden;
+    log_sums[line] = total == 0.0f ? -kHidden : (top + log2(total)) * kLn2;
   }
 }
 
@@ -321,12 +324,14 @@ template <typename T, int D, int R, int HELD, int WHOSE>
     uint simdgroup_index_in_threadgroup [[simdgroup_index_in_threadgroup]]) {
   constexpr int LD = D + 16 / sizeof(T);
   constexpr bool OF_QUERIES = WHOSE == kQueries;
-  threadgroup T tile[R * LD];
-  threadgroup T partner_tile[R * LD];
+  threadgroup vec<T, 4> store[R * LD / 4];
+  threadgroup vec<T, 4> partner_store[R * LD / 4];
   threadgroup int tile_ends[R];
   threadgroup int tile_positions[R];
   threadgroup float tile_sums[R];
   threadgroup float tile_deltas[R];
+  threadgroup T* tile = (threadgroup T*)store;
+  threadgroup T* partner_tile = (threadgroup T*)partner_store;
   const Sizes size(sizes);
   const ushort thread_id = thread_index_in_threadgroup;
   const ushort simdgroup = simdgroup_index_in_threadgroup;
@@ -347,8 +352,8 @@ template <typename T, int D, int R, int HELD, int WHOSE>
   const bool live = row < size.tokens;
   const size_t place =
       (size_t(batch * row_heads + head) * size.tokens + (live ? row : 0)) * D + column;
-  const RowBlock<T, D, HELD> own(rows + place, live);
-  const RowBlock<T, D, HELD && WHOSE != kValues> partner(row_partners + place, live);
+  const RowBlock<T, D, HELD> own(rows + place);
+  const RowBlock<T, D, HELD && WHOSE != kValues> partner(row_partners + place);
   float row_log_sum = 0.0f, row_delta = 0.0f;
   if (OF_QUERIES) {
     const size_t line = size_t(batch * row_heads + head) * size.padded + row;
@@ -393,7 +398,7 @@ template <typename T, int D, int R, int HELD, int WHOSE>
         pulls[j] = zeros();
       }
       UNROLL for (int d = 0; d < D / 8; d++) {
-        const simdgroup_matrix<T, 8, 8> left_factor = own.at(d);
+        simdgroup_matrix<T, 8, 8> left_factor = own.at(d);
         UNROLL for (int j = 0; j < R / 8; j++) {
           simdgroup_matrix<T, 8, 8> right_factor;
           simdgroup_load(right_factor, tile + 8 * j * LD + 8 * d, LD, ulong2(0), true);
@@ -401,7 +406,7 @@ template <typename T, int D, int R, int HELD, int WHOSE>
         }
       }
       UNROLL for (int d = 0; d < (WHOSE == kValues ? 0 : D / 8); d++) {
-        const simdgroup_matrix<T, 8, 8> left_factor = partner.at(d);
+        simdgroup_matrix<T, 8, 8> left_factor = partner.at(d);
         UNROLL for (int j = 0; j < R / 8; j++) {
           simdgroup_matrix<T, 8, 8> right_factor;
           simdgroup_load(right_factor, partner_tile + 8 * j * LD + 8 * d, LD, ulong2(0), true);

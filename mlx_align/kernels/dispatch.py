@@ -144,11 +144,10 @@ def verdicts_file() -> Path:
 @functools.cache
 def find_verdict(variant: Variant) -> Verdict:
     """The verdict that is kept, or that of a check made now."""
-    kept = _read_verdicts().get(str(variant))
-    if kept is None or kept["source"] != _source_hash(variant):
-        log.info("checking the Metal kernel %s, once on this machine", variant)
-        return judge(variant)
-    return _parse(kept)
+    if kept := _kept(variant):
+        return kept
+    log.info("checking the Metal kernel %s, once on this machine", variant)
+    return judge(variant)
 
 
 def judge(variant: Variant) -> Verdict:
@@ -157,11 +156,14 @@ def judge(variant: Variant) -> Verdict:
     verdicts = _read_verdicts()
     verdicts[str(variant)] = {"source": _source_hash(variant), **found}
     file = verdicts_file()
-    file.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own, since the processes of a distributed run may all check at once.
     temporary = file.with_name(f".{os.getpid()}.{file.name}")
-    temporary.write_text(json.dumps({"machine": machine(), "verdicts": verdicts}, indent=2))
-    write_atomically(file, temporary)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps({"machine": machine(), "verdicts": verdicts}, indent=2))
+        write_atomically(file, temporary)
+    except OSError as error:
+        log.warning("%s: the verdict on the Metal kernel cannot be kept: %s", variant, error)
     find_verdict.cache_clear()
     return _parse(found)
 
@@ -186,10 +188,19 @@ def _failed(why):
     return {"failure": why, "errors": {}, "timings": []}
 
 
+def _kept(variant):
+    """The verdict kept on a variant's source as it is now, or None; nor is what cannot be understood."""
+    try:
+        found = _read_verdicts()[str(variant)]
+        return _parse(found) if found["source"] == _source_hash(variant) else None
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
 def _read_verdicts():
     try:
-        return json.loads(verdicts_file().read_text(encoding="utf-8"))["verdicts"]
-    except (OSError, ValueError, KeyError):
+        return dict(json.loads(verdicts_file().read_text(encoding="utf-8"))["verdicts"])
+    except (OSError, KeyError, TypeError, ValueError):
         return {}
 
 

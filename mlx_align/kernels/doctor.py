@@ -100,9 +100,10 @@ def variants() -> list[Variant]:
 
 def diagnose(progress: Callable[[str], None]) -> Diagnosis:
     """Check everything, and keep the verdicts on kernels; `progress` is told what is checked."""
-    findings, metal = [], dispatch.metal_available()
+    # First, since a mistake in it should not show after minutes.
+    mode, findings, metal = dispatch.mode(), [], dispatch.metal_available()
     for variant in variants():
         progress(f"checking {variant} ...")
         verdict = dispatch.judge(variant) if metal else None
         findings.append(Finding(variant, check_plain(variant), verdict))
-    return Diagnosis(dispatch.machine(), dispatch.mode(), metal, findings)
+    return Diagnosis(dispatch.machine(), mode, metal, findings)

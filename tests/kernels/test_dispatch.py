@@ -11,7 +11,7 @@ from mlx_align.cli import main
 from mlx_align.errors import SettingsError
 from mlx_align.kernels import check, dispatch, source
 from mlx_align.kernels.dispatch import Variant
-from mlx_align.kernels.doctor import Diagnosis, Finding
+from mlx_align.kernels.doctor import Diagnosis, Finding, diagnose
 
 HALF = Variant("tree_attention", "float16", 64)
 
@@ -128,13 +128,41 @@ def test_verdicts_end_with_what_they_are_about(machine, monkeypatch, changed):
     assert checked == [HALF, HALF]
 
 
-def test_a_broken_file_of_verdicts_is_none(machine):
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"verdicts"',
+        "[1, 2]",
+        '{"verdicts": 3}',
+        '{"verdicts": {"tree_attention float16 64": null}}',
+        '{"verdicts": {"tree_attention float16 64": {"source": "SOURCE", "timings": 1}}}',
+    ],
+)
+def test_a_broken_file_of_verdicts_is_none(machine, text):
     checked = machine(timings=TIMINGS)
     file = dispatch.verdicts_file()
     file.parent.mkdir(parents=True)
-    file.write_text('{"verdicts"')
+    file.write_text(text.replace("SOURCE", dispatch._source_hash(HALF)))
     assert not dispatch.use(HALF, (512, 1))
     assert checked == [HALF]
+    dispatch.find_verdict.cache_clear()
+    assert dispatch.use(HALF, (512, 64)) and checked == [HALF]
+
+
+def test_a_verdict_that_cannot_be_kept_counts_all_the_same(machine, monkeypatch, tmp_path, caplog):
+    checked = machine(timings=TIMINGS)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MLX_ALIGN_CACHE", str(tmp_path / "file"))
+    assert dispatch.use(HALF, (512, 64)) and not dispatch.use(HALF, (512, 1))
+    assert checked == [HALF]
+    assert "the verdict on the Metal kernel cannot be kept: " in caplog.text
+
+
+def test_doctor_complains_of_a_mistaken_mode_at_once(machine, monkeypatch):
+    machine()
+    monkeypatch.setenv(dispatch.MODE, "yes")
+    with pytest.raises(SettingsError):
+        diagnose(lambda text: pytest.fail(text))
 
 
 # -- the check itself --------------------------------------------------------------------------------
@@ -188,7 +216,7 @@ def test_a_check_of_right_kernels(kernels, quick, variant):
     ("variant", "right", "wrong"),
     [
         (Variant("tree_attention", "float32", 64), "key <= query &&", "key < query &&"),
-        (Variant("tree_attention", "float32", 64), "1.0f / total : 0.0f", "NAN : 0.0f"),
+        (Variant("tree_attention", "float32", 64), "0.0f : 1.0f / total", "0.0f : NAN"),
         (
             Variant("token_log_prob", "float32"),
             "if (j == target) factor +=",

@@ -139,6 +139,23 @@ def test_large_scores_stay_finite(kernels):
     assert close(out, expected["out"], 1e-3)
 
 
+@pytest.mark.parametrize("broken", range(4))
+def test_what_is_not_a_number_shows(kernels, broken):
+    """NaN in q, k, v or upstream reaches who sees it; zeros would hide that a model has diverged."""
+    segments = chain(20, 20)
+    arrays = problem(segments, 40, 2, 1, mx.float32, 64)
+    arrays[broken][0, 0, 7, 3] = mx.nan
+    *qkv, upstream = arrays
+    (out,), gradients = mx.vjp(
+        lambda *qkv: tree_attention(*qkv, segments, scale=0.1), qkv, [upstream]
+    )
+    seeing = {0: [7], 1: range(7, 20), 2: range(7, 20), 3: []}[broken]
+    for token in seeing:
+        assert np.isnan(exact(out)[0, 0, token]).any(), token
+    assert all(np.isnan(exact(g)[0, 0, 7]).any() for g in gradients[: 1 if broken == 1 else 2])
+    assert not np.isnan(exact(out)[0, :, 32:]).any()
+
+
 # Rows in registers or read again, tiles of 8 and 16 tokens; dtypes alternate.
 @pytest.mark.parametrize(
     ("dtype", "head_dim"),

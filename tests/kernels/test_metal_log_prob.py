@@ -8,7 +8,7 @@ import pytest
 from harness import WAYS, close, exact, use_kernels
 
 from mlx_align.kernels import reference, token_log_prob
-from mlx_align.kernels.metal_log_prob import Chunk, chunk_scores, scores_of_logits
+from mlx_align.kernels.metal_log_prob import Chunk, chunk_gradient, chunk_scores, scores_of_logits
 from mlx_align.kernels.token_log_prob import (
     Projection,
     frozen_log_probs,
@@ -65,7 +65,7 @@ def test_soft_cap_and_temperature(kernels, softcap, temperature):
 
 
 def test_parts_of_the_vocabulary_join_to_the_whole(kernels):
-    logits, _, _ = problem(9, 1503)
+    logits, _, upstream = problem(9, 1503)
     cuts = [0, 8, 700, 1503]
     targets = mx.array([0, 7, 8, 9, 699, 700, 701, 1501, 1502])
     whole = chunk_scores(logits, targets)
@@ -74,12 +74,41 @@ def test_parts_of_the_vocabulary_join_to_the_whole(kernels):
     for name in whole._fields:
         assert close(getattr(joined, name), exact(getattr(whole, name)), 1e-6), name
 
+    def gradient(a, b):
+        about = targets, whole.log_sum, upstream, -upstream, Chunk(a)
+        return chunk_gradient(logits[:, a:b], *about)
+
+    parts = mx.concatenate([gradient(a, b) for a, b in itertools.pairwise(cuts)], axis=1)
+    assert np.array_equal(parts, gradient(0, 1503))
+
 
 def test_logits_far_below_zero(kernels):
     logits, targets, _ = problem(9, 1503)
     found = full_log_probs(logits - 1e6, targets, moments=True)
     expected = reference.token_log_probs(exact(logits - 1e6), np.array(targets), np.ones(9))
     assert close(found.logp, expected["logp"], 0.07)  # a float32 near 1e6 has steps of 1 / 16
+
+
+def test_words_that_are_ruled_out(kernels):
+    """Logits of minus infinity count nothing."""
+    logits, targets, upstream = problem(5, 507)
+    logits[:, 3] = -mx.inf
+    rest, shifted = np.delete(exact(logits), 3, axis=1), np.array(targets)
+    expected = reference.token_log_probs(rest, shifted - (shifted > 3), np.array(upstream))
+    found = full_log_probs(logits, targets, moments=True)
+    for name in ("logp", "entropy", "collision"):
+        assert close(getattr(found, name), expected[name], 1e-5), name
+    gradient = mx.grad(lambda z: (full_log_probs(z, targets).logp * upstream).sum())(logits)
+    assert close(gradient[:, mx.array([0, 1, 2, *range(4, 507)])], expected["logits"], 3e-6)
+    assert not exact(gradient)[:, 3].any()
+
+
+def test_what_is_not_a_number_shows(kernels):
+    logits, targets, _ = problem(5, 507)
+    logits[2, 300] = mx.nan
+    found = full_log_probs(logits, targets, moments=True)
+    for name in ("logp", "entropy", "collision"):
+        assert np.isnan(exact(getattr(found, name))).tolist() == [False, False, True, False, False]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

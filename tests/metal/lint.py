@@ -2,7 +2,8 @@
 
 Metal refuses, say, a `constant` pointer where a function takes a `device` one. clang does the same when
 address spaces are attributes of types; it only reads the translated kernel and runs nothing. Write access
-to `constant` memory is refused, too. clang++ is looked for on the path, then in the package ziglang.
+to `constant` memory is refused, too, and so is C++ newer than Metal's, which is that of 2014. clang++ is
+looked for on the path, then in the package ziglang.
 """
 
 import functools
@@ -18,6 +19,13 @@ from metal.emulator.build import HEADERS, KERNEL
 from metal.emulator.kernel import MetalKernel, Output
 from metal.emulator.source import translate
 
+# As in the emulator, but C++ of after 2014 is an error, except in the emulator's own headers.
+OPTIONS = [
+    *(option for option in KERNEL if option != "-w"),
+    *("-Werror=pre-c++17-compat", "-Werror=pre-c++20-compat"),
+    *("-DMETAL_LINT", "-O0", "-isystem", str(HEADERS)),
+]
+
 
 class LintError(Exception):
     """clang's errors, one a line."""
@@ -26,7 +34,9 @@ class LintError(Exception):
 @functools.cache
 def clang() -> tuple[str, ...] | None:
     """The command of a clang++ that knows bfloat16, or None."""
-    commands = [("clang++",)] if shutil.which("clang++") else []
+    # Distributions add the version to the name of all but one, which may be too old.
+    names = ["clang++", *(f"clang++-{version}" for version in range(30, 16, -1))]
+    commands = [(name,) for name in names if shutil.which(name)]
     if importlib.util.find_spec("ziglang"):
         commands.append((sys.executable, "-m", "ziglang", "c++"))
     return next(
@@ -51,8 +61,7 @@ def _errors(command: tuple[str, ...], code: str) -> str:
         source.write_text(code)
         # Compiled and not only parsed: ziglang cannot do without a result.
         done = subprocess.run(
-            [*command, *KERNEL, "-DMETAL_LINT", f"-I{HEADERS}", "-c", str(source)]
-            + ["-o", str(source.with_suffix(".o"))],
+            [*command, *OPTIONS, "-c", str(source), "-o", str(source.with_suffix(".o"))],
             capture_output=True,
             text=True,
         )

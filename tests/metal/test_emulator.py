@@ -152,6 +152,12 @@ FAULTS = {
         PRODUCT, "const uint", "if (thread_index_in_simdgroup == 5) return; const uint", "31 .* all 32"),
     "too much threadgroup memory": (
         REVERSE, "tile[64]", "tile[8193]", "32772 bytes of threadgroup memory .* 32768"),
+    "private pointer": (
+        REVERSE, "tile[i] =", "float own[4]; thread float* p = own; p[4] = x[first]; tile[i] = 0 * p[4] +",
+        "access outside of a variable at test, source:4"),
+    "vectors in an array of numbers": (
+        REVERSE, "tile[i] =", "if (i < 16) ((threadgroup float4*)tile)[i] = float4(1); tile[i] =",
+        "misaligned"),
     "misaligned vector": (
         REVERSE, "= x[first + i]", "= reinterpret_cast<const device float2*>(x + 1)[0].x", "misaligned"),
     "shift": (SUMS, "weights[i % 4]", "(1 << (weights[i % 4] + 31))", "shift out of range"),
@@ -323,6 +329,13 @@ def test_shapes_strides_and_scalars_come_as_mlx_passes_them():
         ("bfloat16_t b = x[0];", "conversion"),  # only widening conversions are implicit
         ("y[0] = max(x[0], 1);", "ambiguous"),
         ("undeclared();", "test, source:1"),
+        ("float fragment = x[0]; y[0] = fragment;", "test, source:1"),  # a reserved word
+        ("double d = x[0];", "poisoned"),
+        ("simdgroup_half8x8 a; simdgroup_load(a, x);", "memory of its own type"),
+        (
+            "const simdgroup_float8x8 a; simdgroup_float8x8 c; simdgroup_multiply(c, a, a);",
+            "multiply",
+        ),
     ],
 )
 def test_what_metal_refuses_does_not_compile(source, message):
@@ -336,11 +349,13 @@ def test_what_metal_refuses_does_not_compile(source, message):
         ("threadgroup struct { int a; } s;", "not understood"),
         ("threadgroup float tile[2] = {0};", "not understood"),
         ('#include "missing.h"', "test:.*missing.h is in none"),
+        ("helper();", "only kernels declare threadgroup variables: threadgroup int more"),
     ],
 )
 def test_text_that_is_not_understood_is_refused(source, message):
+    header = "void helper() { threadgroup int more[4]; more[0] = 1; }" if "helper" in source else ""
     with pytest.raises(SourceError, match=message):
-        run(source)
+        run(source, header=header)
 
 
 def test_the_signature_is_that_of_mlx():

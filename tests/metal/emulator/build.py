@@ -29,7 +29,7 @@ KERNEL = [
 ]
 CHECKED = [
     "-fsanitize=thread",
-    "-fsanitize=alignment,bool,bounds,integer-divide-by-zero,shift,signed-integer-overflow",
+    "-fsanitize=alignment,bool,bounds,integer-divide-by-zero,object-size,shift,signed-integer-overflow",
 ]
 
 

@@ -365,7 +365,9 @@ void* Dispatch::threadgroup_variable(const void* key, size_t size, size_t alignm
            max_threadgroup_bytes);
     stop();
   }
-  arena_used = (arena_used + alignment - 1) / alignment * alignment;
+  // At an odd multiple of the alignment, so that no access that asks for more finds it by luck.
+  const uintptr_t start = reinterpret_cast<uintptr_t>(arena.get());
+  arena_used = (((start + arena_used) / alignment + 1) | 1) * alignment - start;
   Region region{Region::threadgroup, name, arena.get() + arena_used, size, {}};
   arena_used += size + gap;
   if (checked) region.bytes.resize(size);
@@ -557,7 +559,16 @@ UNDEFINED(add_overflow, "signed overflow", uintptr_t, uintptr_t)
 UNDEFINED(sub_overflow, "signed overflow", uintptr_t, uintptr_t)
 UNDEFINED(mul_overflow, "signed overflow", uintptr_t, uintptr_t)
 UNDEFINED(negate_overflow, "signed overflow", uintptr_t)
-UNDEFINED(type_mismatch_v1, "misaligned or null access", uintptr_t)
 UNDEFINED(load_invalid_value, "invalid bool", uintptr_t)
+
+struct TypeMismatch {
+  Location at;
+  const void* type;
+  uint8_t log_alignment, kind;
+};
+void __ubsan_handle_type_mismatch_v1(const TypeMismatch* found, uintptr_t address) {
+  const bool fits = address && address % (uintptr_t(1) << found->log_alignment) == 0;
+  undefined(fits ? "access outside of a variable" : "misaligned or null access", found->at);
+}
 
 }  // extern "C"

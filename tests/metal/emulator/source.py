@@ -42,6 +42,7 @@ THREADGROUP_VARIABLES = re.compile(
     r"\bthreadgroup\s+((?:typename\s+|struct\s+)?[A-Za-z_][\w:]*(?:\s*<[^;{}()&*]*>)?(?:::\w+)?)\s+"
     rf"({DECLARATOR}(?:,\s*{DECLARATOR})*);"
 )
+KERNEL = r"(?:\[\[\s*kernel\b[^;{]*?\]\]|\bkernel)\s+void\s+"
 # Left over, such a variable would silently be a thread's own.
 NEITHER_POINTER_NOR_REFERENCE = re.compile(
     r"\bthreadgroup\b(?!(?:<[^;(){}]*>|[^;,(){}=<])*[*&])[^;]*;"
@@ -81,6 +82,10 @@ def translate(text: str, function: str, template: str, constants: Mapping) -> tu
     """
     buffers, arguments = _bind(text, function)
     text = FUNCTION_CONSTANT.sub(lambda found: _constant(found, constants), text)
+    inside = _kernel_bodies(text)
+    for found in THREADGROUP_VARIABLES.finditer(text):
+        if not any(start < found.start() < end for start, end in inside):
+            raise SourceError(f"only kernels declare threadgroup variables: {found[0]}")
     text = ATTRIBUTE.sub("", THREADGROUP_VARIABLES.sub(_threadgroup_variables, text))
     if unknown := NEITHER_POINTER_NOR_REFERENCE.search(text):
         raise SourceError(f"this declaration is not understood: {unknown[0]}")
@@ -110,9 +115,22 @@ def _threadgroup_variables(found: re.Match) -> str:
     )
 
 
+def _kernel_bodies(text: str) -> list[tuple[int, int]]:
+    """Where the bodies of all kernel functions start and end."""
+    bodies = []
+    for head in re.finditer(rf"{KERNEL}\w+\s*\(", text):
+        depth, start = 0, text.find("{", head.end())
+        for brace in re.finditer(r"[{}]", text[start:]):
+            depth += 1 if brace[0] == "{" else -1
+            if not depth:
+                bodies.append((start, start + brace.end()))
+                break
+    return bodies
+
+
 def _bind(text: str, function: str) -> tuple[list[str], list[str]]:
     """The names of the kernel function's buffers, and the C++ arguments of a call."""
-    head = re.search(rf"(?:\[\[\s*kernel\b[^;{{]*?\]\]|\bkernel)\s+void\s+{function}\s*\(", text)
+    head = re.search(rf"{KERNEL}{function}\s*\(", text)
     if not head:
         raise SourceError(f"no kernel function {function}")
     buffers, arguments = [], []

@@ -41,6 +41,12 @@ inline simdgroup_matrix<T, Columns, Rows> make_filled_simdgroup_matrix(T value) 
 
 namespace emulator {
 
+#ifdef METAL_LINT  // where the type of memory says its address space, too
+template <class T, class Memory> constexpr bool same_type = true;
+#else
+template <class T, class Memory> constexpr bool same_type = std::is_same_v<T, Memory>;
+#endif
+
 // The memory of a lane's element 0 or 1.
 template <class T>
 inline T& matrix_element(T* matrix, ulong stride, metal::ulong2 origin, bool transposed, int which) {
@@ -83,6 +89,7 @@ namespace metal {
 template <class T, class Memory>
 inline void simdgroup_load(simdgroup_matrix<T, 8, 8>& m, const Memory* from, ulong stride = 8,
                            ulong2 origin = ulong2(0), bool transposed = false, SITE) {
+  static_assert(emulator::same_type<T, Memory>, "a matrix is loaded from memory of its own type");
   emulator::meet_simdgroup(emulator::do_nothing, nullptr, site, true);
   for (int i = 0; i < 2; i++)
     m.elements[i] = emulator::matrix_element(from, stride, origin, transposed, i);
@@ -91,15 +98,17 @@ inline void simdgroup_load(simdgroup_matrix<T, 8, 8>& m, const Memory* from, ulo
 template <class T, class Memory>
 inline void simdgroup_store(const simdgroup_matrix<T, 8, 8>& m, Memory* to, ulong stride = 8,
                             ulong2 origin = ulong2(0), bool transposed = false, SITE) {
+  static_assert(emulator::same_type<T, Memory>, "a matrix is stored to memory of its own type");
   emulator::meet_simdgroup(emulator::do_nothing, nullptr, site, true);
   for (int i = 0; i < 2; i++)
     emulator::matrix_element(to, stride, origin, transposed, i) = m.elements[i];
 }
 
+// The specification's references are not const.
 template <class D, class A, class B, class C>
-inline void simdgroup_multiply_accumulate(simdgroup_matrix<D, 8, 8>& d, const simdgroup_matrix<A, 8, 8>& a,
-                                          const simdgroup_matrix<B, 8, 8>& b,
-                                          const simdgroup_matrix<C, 8, 8>& c, SITE) {
+inline void simdgroup_multiply_accumulate(simdgroup_matrix<D, 8, 8>& d, simdgroup_matrix<A, 8, 8>& a,
+                                          simdgroup_matrix<B, 8, 8>& b, simdgroup_matrix<C, 8, 8>& c,
+                                          SITE) {
   emulator::MatrixPart mine;
   for (int i = 0; i < 2; i++) {
     mine.a[i] = float(a.elements[i]);
@@ -111,9 +120,10 @@ inline void simdgroup_multiply_accumulate(simdgroup_matrix<D, 8, 8>& d, const si
 }
 
 template <class D, class A, class B>
-inline void simdgroup_multiply(simdgroup_matrix<D, 8, 8>& d, const simdgroup_matrix<A, 8, 8>& a,
-                               const simdgroup_matrix<B, 8, 8>& b, SITE) {
-  simdgroup_multiply_accumulate(d, a, b, make_filled_simdgroup_matrix<float, 8, 8>(0), site);
+inline void simdgroup_multiply(simdgroup_matrix<D, 8, 8>& d, simdgroup_matrix<A, 8, 8>& a,
+                               simdgroup_matrix<B, 8, 8>& b, SITE) {
+  auto zero = make_filled_simdgroup_matrix<float, 8, 8>(0);
+  simdgroup_multiply_accumulate(d, a, b, zero, site);
 }
 
 }  // namespace metal

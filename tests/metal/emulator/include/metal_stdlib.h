@@ -60,3 +60,6 @@ struct Position {
   name##_type& name = *static_cast<name##_type*>(                                                     \
       emulator::threadgroup_variable(&name##_key, sizeof(name##_type), alignof(name##_type), #name));
 #endif
+
+// What Metal leaves out of C++.
+#pragma GCC poison double new delete virtual try catch throw typeid dynamic_cast thread_local goto

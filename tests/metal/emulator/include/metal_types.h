@@ -18,7 +18,10 @@
 #define threadgroup
 #endif
 #define thread
+// What Metal reserves for functions cannot be the name of something else.
 #define kernel
+#define vertex
+#define fragment
 #define METAL_FUNC inline __attribute__((always_inline))
 #define __METAL__ 1
 #define __METAL_VERSION__ 320
