@@ -88,6 +88,36 @@ FAMILIES = {
         "sliding_window": 6,
         "sliding_window_pattern": 2,
     },
+    "gemma4_text": {
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "global_head_dim": 16,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 400,
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "gpt_oss": {
+        "tie_word_embeddings": False,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 6,
+    },
+    "deepseek_v3": {
+        "tie_word_embeddings": False,
+        "moe_intermediate_size": 32,
+        "n_shared_experts": 1,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 16,
+    },
     "phi3": {"rope_scaling": None, "original_max_position_embeddings": 512},
     "phi3-long": {
         "model_type": "phi3",
@@ -222,7 +252,7 @@ def make_model(
     def spread(path, x):
         if x.ndim >= 2 and mx.issubdtype(x.dtype, mx.floating) and "conv" not in path:
             return mx.random.normal(x.shape) * (1.5 / x.shape[-1] ** 0.5)
-        if path.endswith("bias"):
+        if path.endswith(("bias", "sinks")):
             return mx.random.normal(x.shape) * 0.1
         return x
 

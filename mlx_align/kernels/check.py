@@ -66,7 +66,7 @@ def check_attention(attention: Callable, dtype: str, head_dim: int) -> dict[str,
     for limits in LIMITS:
         window = limits.get("window")
         # Padding sees nothing here, not even itself, and is to get zeros.
-        mask = dense_mask(positions, ends, window) & (ends > 0)[:, :, None]
+        mask = np.array(dense_mask(positions, ends, window)) & (ends > 0)[:, :, None]
         rest = {"scale": head_dim**-0.5, "softcap": limits.get("softcap")}
         expected = reference.attention(*map(_exact, (q, k, v, upstream)), mask, **rest)
 
@@ -162,7 +162,7 @@ def time_attention(dtype: str, head_dim: int, size: tuple[int, int]) -> Timing:
     if tokens * tokens * HEADS * 4 <= UNFUSED_BYTES:
         tables = make_tables(segments, 1, tokens, 8)
         ends, positions = (np.array(x)[:, :tokens] for x in (tables.ends, tables.positions))
-        mask = mx.array(dense_mask(positions, ends))[:, None]
+        mask = dense_mask(positions, ends)[:, None]
         others["unfused"] = seconds(
             lambda *qkv: mx.fast.scaled_dot_product_attention(*qkv, scale=scale, mask=mask)
         )

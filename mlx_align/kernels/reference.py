@@ -6,11 +6,11 @@ For checks of small inputs only: T x T and n x V arrays.
 import numpy as np
 
 
-def attention(q, k, v, upstream, mask, *, scale, softcap=None) -> dict[str, np.ndarray]:
-    """Output "out" and the gradients "q", "k", "v" of (out * upstream).sum().
+def attention(q, k, v, upstream, mask, *, scale, softcap=None, sinks=None) -> dict[str, np.ndarray]:
+    """Output "out" and the gradients "q", "k", "v" and "sinks" of (out * upstream).sum().
 
     q and upstream are [B, H, T, D], k and v [B, G, T, D]; mask, bool[B, T, T], says which key (last)
-    each token sees. Tokens that see nothing get zeros.
+    each token sees. Tokens that see nothing get zeros. `sinks`, [H], are scores of keys without values.
     """
     q, k, v, upstream = (np.asarray(x, np.float64) for x in (q, k, v, upstream))
     groups = k.shape[1]
@@ -21,9 +21,13 @@ def attention(q, k, v, upstream, mask, *, scale, softcap=None) -> dict[str, np.n
         bent = np.tanh(scores / softcap)
         scores, slope = softcap * bent, 1 - bent**2
     scores = np.where(mask[:, None], scores, -np.inf)
-    top = scores.max(axis=-1, keepdims=True)
-    mass = np.exp(scores - np.where(np.isfinite(top), top, 0.0))
-    share = mass / np.maximum(mass.sum(axis=-1, keepdims=True), 1e-300)
+    sinks = np.full(q.shape[1], -np.inf) if sinks is None else np.asarray(sinks, np.float64)
+    sinks = sinks[None, :, None, None]
+    top = np.maximum(scores.max(axis=-1, keepdims=True), sinks)
+    top = np.where(np.isfinite(top), top, 0.0)
+    mass, sunk = np.exp(scores - top), np.exp(sinks - top)
+    total = np.maximum(mass.sum(axis=-1, keepdims=True) + sunk, 1e-300)
+    share = mass / total
     out = share @ values
     delta = (upstream * out).sum(axis=-1, keepdims=True)
     by_score = share * (upstream @ values.swapaxes(-1, -2) - delta) * slope * scale
@@ -37,6 +41,7 @@ def attention(q, k, v, upstream, mask, *, scale, softcap=None) -> dict[str, np.n
         "q": by_score @ keys,
         "k": grouped(by_score.swapaxes(-1, -2) @ q),
         "v": grouped(share.swapaxes(-1, -2) @ upstream),
+        "sinks": -(sunk / total * delta).sum(axis=(0, 2, 3)),
     }
 
 

@@ -16,7 +16,6 @@ import math
 from typing import NamedTuple
 
 import mlx.core as mx
-import numpy as np
 
 from mlx_align.kernels import dispatch, metal_attention
 from mlx_align.kernels.dispatch import Variant
@@ -28,19 +27,27 @@ SCORE_BYTES = 4 * 2**20
 FUSED_MIN_QUERIES = 9
 
 
-def dense_mask(positions: np.ndarray, ends: np.ndarray, window: int | None = None) -> np.ndarray:
+def dense_mask(
+    positions,
+    ends,
+    window: int | None = None,
+    first: int = 0,
+    start: int = 0,
+    end: int | None = None,
+) -> mx.array:
     """Which key each token sees, bool[B, T, T]: `j <= i < ends[j]`, and `window` positions back.
 
     `positions` and `ends` are int[B, T]; `ends[j]` is the end of the subtree of j's segment, 0 for
-    padding. A padding token sees itself, so that no row is empty.
+    padding. A padding token sees itself, so that no row is empty. Of the matrix only the rows
+    [start, end) and the columns [first, end) are made, lazily.
     """
-    index = np.arange(positions.shape[1])
-    causal = index[None, :] <= index[:, None]
-    inside = index[None, :, None] < ends[:, None, :]
-    mask = causal[None] & inside
+    positions, ends = (mx.array(x)[:, :end] for x in (positions, ends))
+    index = mx.arange(positions.shape[1])
+    queries, keys = index[start:, None], index[None, first:]
+    mask = (keys <= queries) & (queries < ends[:, None, first:])
     if window is not None:
-        mask &= positions[:, :, None] - positions[:, None, :] < window
-    return mask | np.eye(len(index), dtype=bool)[None]
+        mask = mask & (positions[:, start:, None] - positions[:, None, first:] < window)
+    return mask | (keys == queries)
 
 
 def causal_bias(rows: int, keys: int, window: int | None) -> mx.array:
@@ -65,20 +72,21 @@ def tree_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: mx.array | None = None,
 ) -> mx.array:
     """Attention of every token over its path in the tree.
 
     q is [B, H, T, D], k and v are [B, G, T, D] with H a multiple of G; `segments` holds the
     segments of all rows in order (each knows its row). Returns [B, H, T, D]; tokens outside every
     segment (padding) get zeros. A `window` of w lets a token see its last w positions only; a `softcap`
-    of c bends scores s to c tanh(s / c).
+    of c bends scores s to c tanh(s / c); `sinks`, [H], add exp(sinks[h]) to the denominator of head h.
     """
     limits = {"scale": scale, "window": window, "softcap": softcap}
-    if _has_kernel(q, k, v):
+    if sinks is None and _has_kernel(q, k, v):
         size = (q.shape[2], len(segments))
         if dispatch.use(Variant.of(metal_attention.FILE, q.dtype, q.shape[-1]), size):
             return metal_attention.flash_attention(q, k, v, segments, **limits)
-    return plain_attention(q, k, v, segments, **limits)
+    return plain_attention(q, k, v, segments, **limits, sinks=sinks)
 
 
 def _has_kernel(q, k, v) -> bool:
@@ -90,18 +98,19 @@ def _has_kernel(q, k, v) -> bool:
     )
 
 
-def plain_attention(q, k, v, segments, *, scale, window=None, softcap=None) -> mx.array:
+def plain_attention(q, k, v, segments, *, scale, window=None, softcap=None, sinks=None) -> mx.array:
     """`tree_attention` in MLX's own operations."""
     rows = []
     for row in range(q.shape[0]):
         index = [i for i, segment in enumerate(segments) if segment.row == row]
         single = slice(row, row + 1)
         arrays = (q[single], k[single], v[single])
-        # MLX's fused attention has no soft cap, and its gradients with a window are T x T.
-        if _fused_is_faster() and softcap is None and not _exceeds(segments, index, window):
+        # MLX's fused attention has no soft cap; with a window or sinks its gradients are T x T.
+        simple = softcap is None and sinks is None and not _exceeds(segments, index, window)
+        if simple and _fused_is_faster():
             parts = _fused_row(*arrays, segments, index, scale)
         else:
-            parts = _flash_row(*arrays, segments, index, scale, window, softcap)
+            parts = _flash_row(*arrays, segments, index, scale, window, softcap, sinks)
         done = segments[index[-1]].end if index else 0
         if done < q.shape[2]:
             parts = [*parts, mx.zeros((1, q.shape[1], q.shape[2] - done, v.shape[-1]), q.dtype)]
@@ -178,6 +187,15 @@ class _Block(NamedTuple):
     keys: list[tuple[int, int, int]]
 
 
+def _rows(scores, seen, window) -> int:
+    """Queries of a block with about so many scores, where the last one has `seen` keys in its path."""
+    rows = scores // seen
+    if window is not None:
+        # n queries see window + n keys.
+        rows = max(rows, int((math.sqrt(window**2 + 4 * scores) - window) / 2))
+    return max(16, rows)
+
+
 def _blocks(segments, index, heads, window) -> list[_Block]:
     blocks = []
     for i in index:
@@ -185,7 +203,7 @@ def _blocks(segments, index, heads, window) -> list[_Block]:
         before = sum(segments[j].end - segments[j].start for j in path[:-1])
         own = segments[i]
         seen = before + own.end - own.start
-        rows = max(16, SCORE_BYTES // (4 * heads * min(seen, window or seen)))
+        rows = _rows(SCORE_BYTES // (4 * heads), seen, window)
         for start in range(own.start, own.end, rows):
             end = min(start + rows, own.end)
             # Positions along the path: the block's last query, and the first one any query sees.
@@ -202,7 +220,7 @@ def _blocks(segments, index, heads, window) -> list[_Block]:
     return blocks
 
 
-def _flash_row(q, k, v, segments, index, scale, window, softcap):
+def _flash_row(q, k, v, segments, index, scale, window, softcap, sinks):
     """Softmax attention that keeps only its output and log-sum-exp for the backward pass.
 
     Dao et al. 2022 (arXiv:2205.14135), algorithms 1 and 4. The softmax is taken in base 2: on MLX's
@@ -245,29 +263,40 @@ def _flash_row(q, k, v, segments, index, scale, window, softcap):
         s = s.reshape(groups, repeats, rows, count) + causal_bias(rows, count, window)
         return s.reshape(1, groups, repeats * rows, count), slope
 
+    def spread(sinks, block):
+        """Sinks in base 2, one for each query as `grouped` lays them out: [1, G, H/G * n, 1]."""
+        each = mx.repeat(sinks * unit, block.end - block.start)
+        return each.reshape(1, groups, -1, 1)
+
     @mx.custom_function
-    def attend(q, k, v):
+    def attend(q, k, v, *sinks):
         outputs, log_sums = [], []
         for block in blocks:
             queries = after(grouped(q, block), [*outputs[-1:], *log_sums[-1:]])
             s, _ = scores(queries, gather(k, block), block)
             top = s.max(axis=-1, keepdims=True)
+            for sink in sinks:
+                top = mx.maximum(top, spread(sink, block))
             weights = mx.power(2.0, s - top)
             total = weights.sum(axis=-1, keepdims=True)
+            for sink in sinks:
+                total = total + mx.power(2.0, spread(sink, block) - top)
             outputs.append(ungrouped((weights @ gather(v, block)) / total, block))
             log_sums.append(ungrouped(top + mx.log2(total), block))
         return _join(outputs), _join(log_sums)
 
     @attend.vjp
     def backward(primals, cotangents, outputs):
-        q, k, v = primals
+        q, k, v, *sinks = primals
         grad_q, grad_k, grad_v = [], {}, {}
+        grad_sinks = [mx.zeros_like(sink) for sink in sinks]
         for block in blocks:
             queries = after(grouped(q, block), [*grad_q[-1:], *grad_k.values(), *grad_v.values()])
             keys, values = gather(k, block), gather(v, block)
             grad, out = grouped(cotangents[0], block), grouped(outputs[0], block)
             s, slope = scores(queries, keys, block)
-            weights = mx.power(2.0, s - grouped(outputs[1], block))
+            log_sum = grouped(outputs[1], block)
+            weights = mx.power(2.0, s - log_sum)
             delta = (grad * out).sum(axis=-1, keepdims=True)
             grad_scores = weights * (grad @ values.swapaxes(-1, -2) - delta)
             if softcap:
@@ -275,10 +304,15 @@ def _flash_row(q, k, v, segments, index, scale, window, softcap):
             grad_q.append(ungrouped(grad_scores @ keys, block))
             collect(grad_k, grad_scores.swapaxes(-1, -2) @ queries, block)
             collect(grad_v, weights.swapaxes(-1, -2) @ grad, block)
+            # A sink is a key without a value.
+            for i, sink in enumerate(sinks):
+                each = mx.power(2.0, spread(sink, block) - log_sum) * delta
+                grad_sinks[i] = grad_sinks[i] - each.reshape(heads, -1).sum(axis=-1)
         return (
             cover(scale * _join(grad_q), q),
             cover(scale * _join([grad_k[i] for i in index]), k),
             cover(_join([grad_v[i] for i in index]), v),
+            *grad_sinks,
         )
 
     def collect(grads, grad, block):
@@ -296,5 +330,5 @@ def _flash_row(q, k, v, segments, index, scale, window, softcap):
         missing = like.shape[2] - grad.shape[2]
         return mx.pad(grad, [(0, 0), (0, 0), (0, missing), (0, 0)]) if missing else grad
 
-    q32, k32, v32 = (x.astype(mx.float32) for x in (q, k, v))
-    return [attend(q32, k32, v32)[0].astype(q.dtype)]
+    arrays = (q, k, v) if sinks is None else (q, k, v, sinks)
+    return [attend(*(x.astype(mx.float32) for x in arrays))[0].astype(q.dtype)]

@@ -112,7 +112,8 @@ def _states(loaded, batch) -> mx.array:
     """What the vocabulary head is given at every token, [B * T, D]; the logits where it is unknown."""
     tokens, cache = mx.array(batch.tokens), None
     if batch.segments:
-        cache = [PackLayout(batch, dense=loaded.layout == "dense")] * loaded.cache_entries
+        layout = PackLayout(batch, dense=loaded.layout == "dense")
+        cache = [layout] * loaded.cache_entries
     if loaded.head is None:
         states = loaded.model(tokens, cache=cache)
     else:
@@ -151,9 +152,10 @@ def make_batches(
 def choose_layout(loaded: LoadedModel) -> str:
     """Find out, by trying, how this model can run packs, and prepare it.
 
-    "segments" (attention along the tree), "dense" (masks as matrices) or "plain" (one completion a
-    row, for recurrent models and others that do not let a token choose what it sees). Each layout is
-    compared with separate forward passes on a small made-up batch.
+    "segments" (attention along the tree), "dense" (masks as matrices, for models that compute their own
+    scores; a block of queries at a time) or "plain" (one completion a row, for recurrent models and
+    others that do not let a token choose what it sees). Each layout is compared with separate forward
+    passes on a small made-up batch.
     """
     examples = _probe_examples(loaded.vocabulary)
     loaded.layout = "plain"

@@ -8,6 +8,7 @@ import functools
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map
 
 
 class _Checkpointed:
@@ -35,3 +36,38 @@ def checkpoint_blocks(model: nn.Module) -> None:
     for block in model.layers:
         if not isinstance(block, _Checkpointed):
             block.__class__ = _checkpointed_class(type(block))
+
+
+def recomputed(function):
+    """`function` of trees of arrays, whose inside is computed again for the backward pass.
+
+    Unlike mx.checkpoint, not before the gradients of all its outputs are there: of functions that feed
+    each other, one at a time is then inside out.
+    """
+
+    @mx.custom_function
+    def run(*args):
+        return function(*args)
+
+    @run.vjp
+    def backward(primals, cotangents, outputs):
+        upstream = _leaves(cotangents)
+
+        def flat(*arrays):
+            return _leaves(function(*_filled(primals, arrays)))
+
+        _, gradients = mx.vjp(flat, mx.depends(_leaves(primals), upstream), upstream)
+        # All or none: what the others are made of does not wait for whoever asks for them last.
+        return _filled(primals, mx.depends(gradients, gradients))
+
+    return run
+
+
+def _leaves(tree) -> list[mx.array]:
+    return [x for _, x in tree_flatten(tree)]
+
+
+def _filled(tree, arrays):
+    """The tree with other arrays in it."""
+    rest = iter(arrays)
+    return tree_map(lambda _: next(rest), tree)

@@ -296,7 +296,8 @@ def test_tables_say_what_the_mask_says(name):
     rows = max(s.row for s in segments) + 1
     ends, positions, spans = (np.array(x) for x in make_tables(segments, rows, tokens, 16))
     assert ends.shape[1] % ROWS == 0 and not ends[:, tokens:].any()
-    mask = dense_mask(positions, ends, 13)[:, :tokens, :tokens] & (ends > 0)[:, :tokens, None]
+    mask = np.array(dense_mask(positions, ends, 13)) & (ends > 0)[:, :, None]
+    mask = mask[:, :tokens, :tokens]
     assert np.array_equal(mask, visible(segments, tokens, 13))
     block = slice(16, 32)
     wanted = [f(x[0, block]) for x in (ends, positions) for f in (np.min, np.max)]

@@ -9,13 +9,14 @@ from mlx.utils import tree_flatten
 from mlx_align.data.packing import pack, pad
 from mlx_align.data.template import make_example
 from mlx_align.kernels import tree_attention
+from mlx_align.model import packed
 from mlx_align.model.adapter import AdapterSettings, wear_adapter
 from mlx_align.model.forward import choose_layout, make_batches, token_log_probs
 from mlx_align.model.load import load_model
 from mlx_align.model.recompute import checkpoint_blocks
 
-# Recurrent parts cannot run packed; all others of these can.
-PLAIN = {"mamba", "lfm2"}
+# Recurrent parts cannot run packed; latent attention computes scores of its own.
+LAYOUTS = {"mamba": "plain", "lfm2": "plain", "deepseek_v3": "dense"}
 
 
 def examples(seed=0, words=390):
@@ -48,7 +49,7 @@ def separate(loaded, batch_examples):
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_scores_equal_separate_passes(loaded_model, family):
     loaded = loaded_model(family)
-    assert (loaded.layout == "plain") == (family in PLAIN)
+    assert loaded.layout == LAYOUTS.get(family, "segments")
     batch_examples = examples()
     expected = separate(loaded, batch_examples)
     make = pad if loaded.layout == "plain" else pack
@@ -84,7 +85,10 @@ def test_sharing_a_prompt_changes_nothing(loaded_model):
     assert np.allclose(a, b, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gemma3_text", "mamba"])
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "qwen3", "gemma2", "gemma3_text", "gemma4_text", "gpt_oss", "deepseek_v3", "mamba"],
+)
 def test_gradients_equal_those_of_padded_rows(loaded_model, family):
     loaded = loaded_model(family)
     wear_adapter(loaded.model, AdapterSettings(lora_rank=2), seed=1)
@@ -115,13 +119,53 @@ def test_gradients_equal_those_of_padded_rows(loaded_model, family):
         assert np.allclose(found[name], grad, atol=2e-5 * max(scale, 1)), name
 
 
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("family", ["gemma2", "deepseek_v3"])
+def test_blocks_of_queries_change_nothing(loaded_model, family, checkpoint, monkeypatch):
+    """A module that computes its own scores gives the same on many blocks as on one."""
+    loaded = loaded_model(family)
+    loaded.layout = "dense"
+    adapter = wear_adapter(loaded.model, AdapterSettings(lora_rank=2), seed=1)
+    loaded.model.update(_nudged(adapter.parameters()))
+    loaded.model.train()
+    batch = pack(examples(), 16)
+    assert len(packed._query_blocks(batch)) == 1
+    weight = mx.array(np.cos(np.arange(len(batch.target))) * batch.weight)
+
+    def scores_and_gradients():
+        parameters = adapter.parameters()
+
+        def total(parameters):
+            loaded.model.update(parameters)
+            logp, _ = token_log_probs(loaded, batch, gradient=True)
+            return (logp * weight).sum()
+
+        gradients = mx.grad(total)(parameters)
+        loaded.model.update(parameters)
+        return token_log_probs(loaded, batch)[0], dict(tree_flatten(gradients))
+
+    expected, one = scores_and_gradients()
+    monkeypatch.setattr(packed, "BLOCK_SCORES", 60)
+    monkeypatch.setattr(packed, "BLOCK_QUERIES", 3)
+    assert len(packed._query_blocks(batch)) > 10
+    if checkpoint:
+        checkpoint_blocks(loaded.model)
+    found, many = scores_and_gradients()
+    assert np.allclose(found, expected, atol=1e-5)
+    for name, gradient in one.items():
+        assert np.allclose(many[name], gradient, atol=1e-4), name
+    assert np.abs(np.array(one[next(k for k in one if "self_attn" in k)])).max() > 1e-3
+
+
 def _nudged(tree):
     from mlx.utils import tree_map
 
     return tree_map(lambda x: x + 0.01 * mx.random.normal(x.shape, key=mx.random.key(0)), tree)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "qwen3_moe", "mamba"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma2", "gemma3_text", "gemma4_text", "qwen3_moe", "mamba"]
+)
 def test_checkpointing_changes_no_gradient(loaded_model, family):
     def gradient(checkpoint):
         loaded = loaded_model(family)
@@ -181,12 +225,15 @@ def test_the_gpu_path_gives_the_same_scores(loaded_model, monkeypatch):
 
 def test_a_model_that_ignores_the_layout_runs_plain(model_folder, monkeypatch):
     """The probe finds out by numbers, not by errors: here attention sees everything before it."""
-    from mlx_align.model import packed
 
-    def careless(self, q, k, v, scale, mask, sinks):
+    def careless(self, q, k, v, scale, **limits):
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
 
-    monkeypatch.setattr(packed.PackLayout, "attend", careless)
+    def causal(positions, ends, window, first, start, end):
+        return mx.arange(start, end)[:, None] >= mx.arange(first, end)[None, None]
+
+    monkeypatch.setattr(packed.TreeMask, "attend", careless)
+    monkeypatch.setattr(packed, "dense_mask", causal)
     loaded = load_model(str(model_folder()))
     assert choose_layout(loaded) == "plain"
 
