@@ -149,18 +149,19 @@ def find_head(model: nn.Module) -> Head | None:
             candidates.append((parent, key, "__call__"))
     values = np.concatenate([[1e-3, 1.0, 1e9], np.linspace(-40, 40, 13)]).astype(np.float32)
     answer = mx.array(np.tile(values, (1, 2, 1)))
-    with contextlib.ExitStack() as stack:
-        taps = [
-            (stack.enter_context(_tapped(parent[key], method, Tap(answer))), parent, key, method)
-            for parent, key, method in candidates
-        ]
-        try:
+    found = []
+    for place in candidates:
+        # What is asked but is no head (Gemma 4 projects embeddings) cannot go on with such an answer.
+        with (
+            _tapped(place[0][place[1]], place[2], Tap(answer)) as tap,
+            contextlib.suppress(TypeError, ValueError, IndexError),
+        ):
             out = model(mx.array([[0, 1]]))
-        except (TypeError, ValueError, IndexError):
-            return None
-    seen = [place for tap, *place in taps if tap.hidden is not None]
-    if len(seen) != 1 or out.shape != answer.shape:
+            if tap.hidden is not None and out.shape == answer.shape:
+                found.append((place, out))
+    if len(found) != 1:
         return None
+    place, out = found[0]
     y = np.asarray(out[0, -1].astype(mx.float32), np.float64)
     scale, top = float(y[0] / values[0]), float(y[2])
     # The test value 1e9 comes back whole from a scale, and as the cap from a soft cap.
@@ -171,7 +172,7 @@ def find_head(model: nn.Module) -> Head | None:
         y, expected, rtol=1e-3, atol=1e-4
     ):
         return None
-    return Head(*seen[0], _round(scale), None if softcap is None else _round(softcap))
+    return Head(*place, _round(scale), None if softcap is None else _round(softcap))
 
 
 class RewardHead(nn.Module):
