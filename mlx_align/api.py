@@ -317,6 +317,7 @@ def _check_export(to, name, adapter_only, base_name, format, system, push) -> No
     from mlx_align.export.hub import check_access
     from mlx_align.export.lm_studio import FORMATS
     from mlx_align.export.ollama import check_name
+    from mlx_align.export.ollama_server import OllamaServer
 
     targets = ("mlx", "hf", "peft", "gguf", "ollama", "lmstudio")
     if to not in targets:
@@ -330,6 +331,8 @@ def _check_export(to, name, adapter_only, base_name, format, system, push) -> No
     if system and to != "ollama":
         raise SettingsError("system: only a model in Ollama brings its system prompt along")
     if to == "ollama":
+        # A bad address shows before the work is done.
+        OllamaServer()
         check_name(name, "name")
         if adapter_only:
             check_name(base_name, "base_name")

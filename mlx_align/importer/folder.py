@@ -14,7 +14,12 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_align.errors import ModelError
-from mlx_align.export.folder import TOKENIZER_FILES, export_folder, write_shards
+from mlx_align.export.folder import (
+    TOKENIZER_FILES,
+    export_folder,
+    licence_files,
+    write_shards,
+)
 from mlx_align.files import new_folder, write_json
 from mlx_align.importer.architecture import (
     Place,
@@ -205,9 +210,10 @@ def import_folder(source: Source, output: Path, dtype: str | None = None) -> Pat
     config = read_config(source.path)
     load_weights(source.path, load_tokenizer(source.path).config)
     with new_folder(output) as folder:
-        for pattern in (*TOKENIZER_FILES, "generation_config.json", INDEX, "LICENSE*"):
-            for file in filter(Path.is_file, source.path.glob(pattern)):
-                shutil.copyfile(file, folder / file.name)
+        patterns = (*TOKENIZER_FILES, "generation_config.json", INDEX)
+        texts = [f for pattern in patterns for f in source.path.glob(pattern) if f.is_file()]
+        for file in (*texts, *licence_files(source.path)):
+            shutil.copyfile(file, folder / file.name)
         write_json(folder / "config.json", config)
         for file in files:
             _link(file.resolve(), folder / file.name)

@@ -26,7 +26,8 @@ STORED = "stored"
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 # What a model folder consists of; weights in other formats on the Hub are not fetched.
 TEXTS = (
-    "*.json", "*.py", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja", "LICENSE*", "README.md",
+    "*.json", "*.py", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja", "README.md",
+    "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 WEIGHTS = ("model*.safetensors",)
 # Letters, digits, other scripts and a long line: what expressions that cut text stumble over.

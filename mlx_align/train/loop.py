@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,7 +21,13 @@ import numpy as np
 from mlx_align.data.dataset import Dataset, DataSettings, load_dataset
 from mlx_align.data.stream import Stream
 from mlx_align.data.template import Encoder, Example
-from mlx_align.errors import AlignError, RunError, SettingsError, StaleReferenceError
+from mlx_align.errors import (
+    AlignError,
+    DataError,
+    RunError,
+    SettingsError,
+    StaleReferenceError,
+)
 from mlx_align.files import write_atomically
 from mlx_align.model.adapter import WEIGHTS, Adapter, wear_adapter
 from mlx_align.model.forward import choose_layout
@@ -296,7 +302,7 @@ def read_run_data(settings: RunSettings, loaded: LoadedModel, template) -> Datas
         # A reward is read off the end, which a cut answer does not have.
         truncate=method.reads != "rewards",
     )
-    return load_dataset(
+    dataset = load_dataset(
         data,
         encoder,
         kind=method.data,
@@ -304,6 +310,20 @@ def read_run_data(settings: RunSettings, loaded: LoadedModel, template) -> Datas
         seed=settings.train.seed,
         needs_margin=method.needs_margin,
     )
+    _check_ids([*dataset.train, *dataset.valid], loaded)
+    return dataset
+
+
+def _check_ids(examples: Sequence[Example], loaded: LoadedModel) -> None:
+    """Raise `DataError` for tokens that the model has no embedding of; MLX would read beyond it."""
+    for example in examples:
+        top = max(int(ids.max(initial=0)) for ids in (example.prompt, *example.completions))
+        if top >= loaded.vocabulary:
+            raise DataError(
+                f"{example.origin}: has the token {top} ({loaded.tokenizer.decode([top])!r}), but the "
+                f"model's embedding has {loaded.vocabulary} rows; the tokenizer is of another model, or "
+                "the text holds a token that this model does not know"
+            )
 
 
 def _loop(run: _Run, record: dict, should_stop) -> Result:

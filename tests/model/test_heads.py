@@ -18,6 +18,7 @@ from mlx_align.model.heads import find_head
         ("gemma2", "as_linear", 1.0, 3.0),
         ("cohere", "as_linear", 0.25, None),
         ("granite", "as_linear", 0.125, None),
+        ("gemma4_text", "as_linear", 1.0, 30.0),
     ],
 )
 def test_heads_of_real_architectures(loaded_model, family, method, scale, softcap):

@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from mlx_align import api
@@ -440,3 +441,21 @@ def test_what_a_run_was_taught_of_thinking_goes_along(
             asked, tokenize=False, add_generation_prompt=True, **asks
         )
         assert text == rendered
+
+
+def test_tokens_beyond_the_embedding_are_named(job, model_folder, tmp_path):
+    shutil.copytree(model_folder(), tmp_path / "model")
+    file = str(tmp_path / "model" / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(file)
+    size = tokenizer.get_vocab_size()
+    tokenizer.add_tokens(["<beyond>"])
+    tokenizer.save(file)
+    data = write_pairs(tmp_path / "more.jsonl", 8)
+    lines = data.read_text().splitlines()
+    lines[2] = lines[2].replace("?", "<beyond>?")
+    data.write_text("\n".join(lines))
+    with pytest.raises(
+        DataError,
+        match=rf"more\.jsonl:3: has the token {size} \('<beyond>'\).*embedding has {size} rows",
+    ):
+        api.train_model("dpo", **job("run", model=str(tmp_path / "model"), data=str(data)))
