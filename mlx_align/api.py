@@ -258,7 +258,7 @@ def export_model(
     if to == "lmstudio" and format is None:
         # Each form has types of its own, so a type says which is meant.
         format = default_format() if quantize is None else "mlx" if quantize in BITS else "gguf"
-    quantize = _choose_type(quantize, to, format, adapter_only)
+    quantize = _choose_type(quantize, dtype, to, format, adapter_only)
     if imatrix or calibrate:
         if imatrix and calibrate:
             raise SettingsError("imatrix and calibrate: give one importance matrix, not two")
@@ -343,13 +343,17 @@ def _check_export(to, name, adapter_only, base_name, format, system, push) -> No
 
 
 def _choose_type(
-    quantize: str | None, to: str, format: str | None, adapter_only: bool
+    quantize: str | None, dtype: str | None, to: str, format: str | None, adapter_only: bool
 ) -> str | None:
     """The type of the weights, by default a fine one; None where they are floats of any type."""
     from mlx_align.export.mlx_quants import BITS
     from mlx_align.export.recipe import FILE_TYPES
 
     if to in ("gguf", "ollama") or format == "gguf":
+        if dtype is not None:
+            raise SettingsError(
+                "dtype: is for folders; quantize says the type of a GGUF (bf16, ...)"
+            )
         default = "f32" if adapter_only else "f16" if to == "gguf" else "q8_0"
         types, quantize = tuple(FILE_TYPES), quantize or default
     else:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,18 @@ def test_mutate_kernels_shows_what_notices_a_fault():
     )
     assert output[2].endswith("| numbers |")
     assert output[-1] == "1 of 1 faults noticed"
+
+
+def test_the_table_of_faults_has_them_all():
+    script = runpy.run_path(str(SCRIPTS / "mutate_kernels"))
+    lines = script["TABLE"].read_text(encoding="utf-8").splitlines()
+    listed = [line.split(" | ")[0].removeprefix("| ") for line in lines if line.startswith("| t")]
+    mutants = script["MUTANTS"]
+    assert listed == [f"{mutant.file}: {mutant.name}" for mutant in mutants]
+    assert lines[-1] == f"{len(mutants)} of {len(mutants)} faults noticed"
+    for mutant in mutants:
+        source = (SCRIPTS.parent / "metal" / f"{mutant.file}.metal").read_text(encoding="utf-8")
+        assert mutant.apply(source) != source
 
 
 # -- gsm8k_preferences -------------------------------------------------------------------------------

@@ -107,4 +107,6 @@ def test_types_that_a_form_does_not_have(model_folder, tmp_path, to, quantize, w
     run = tiny.make_adapter(tmp_path / "run", model_folder())
     with pytest.raises(SettingsError, match=why):
         api.export_model(run, to, quantize=quantize)
+    with pytest.raises(SettingsError, match="dtype: is for folders"):
+        api.export_model(run, "gguf", dtype="bfloat16")
     assert not (run / "export").exists()
