@@ -26,7 +26,7 @@ from mlx_align.export.architectures import (
     rotated_heads,
 )
 from mlx_align.importer.gguf_file import GGUFFile, Tensor
-from mlx_align.model.config import MOST_LAYERS, check_config, normalise_config
+from mlx_align.model.config import MOST_LAYERS, check_config, check_period, normalise_config
 
 log = logging.getLogger("mlx_align")
 
@@ -142,7 +142,9 @@ def make_config(file: GGUFFile) -> dict:
             "do not make a model"
         )
     check_config(config, file.path)
-    return normalise_config(config)
+    config = normalise_config(config)
+    check_period(config, file.path)
+    return config
 
 
 def _add_rope(config, file, architecture, family) -> None:

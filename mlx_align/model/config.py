@@ -14,13 +14,18 @@ from mlx_align.errors import ModelError
 from mlx_align.model.files import read_json
 
 MOST_LAYERS = 1024
+# Which layers have full attention by default, in models whose masks are made for the first of those.
+_PERIODS = {"gemma3_text": 6, "cohere2": 4}
 # What these hold wherever they are given; the rest is for mlx-lm to judge.
 _HOLDS = {
     "text_config": dict, "rope_parameters": dict, "rope_scaling": dict, "quantization": dict,
-    "layer_types": list, "rope_theta": int | float, "rope_local_base_freq": int | float,
-    "rms_norm_eps": int | float, "sliding_window_pattern": int,
+    "layer_types": list, "rope_theta": int | float | list, "rope_local_base_freq": int | float,
+    "rms_norm_eps": int | float, "sliding_window_pattern": int | str,
 }  # fmt: skip
-_WORDS = {dict: "an object", list: "a list", int: "an integer", int | float: "a number"}
+_WORDS = {
+    dict: "an object", list: "a list", int | float: "a number", int | str: "an integer or letters",
+    int | float | list: "a number, nor a list of one for each layer",
+}  # fmt: skip
 
 
 def read_config(folder: Path) -> dict:
@@ -33,7 +38,9 @@ def read_config(folder: Path) -> dict:
     if not isinstance(config.get("model_type"), str):
         raise ModelError(f"{path}: has no model_type")
     check_config(config, path)
-    return normalise_config(config)
+    config = normalise_config(config)
+    check_period(config, path)
+    return config
 
 
 def check_config(config: dict, path: Path) -> None:
@@ -53,9 +60,23 @@ def check_config(config: dict, path: Path) -> None:
     for value in config.values():
         if isinstance(value, dict):
             check_config(value, path)
-    layers, pattern = (config.get(k) for k in ("num_hidden_layers", "sliding_window_pattern"))
-    if isinstance(layers, int) and pattern and not 0 < pattern <= layers:
-        raise ModelError(f"{path}: sliding_window_pattern is {pattern} for {layers} layers")
+
+
+def check_period(config: dict, path: Path) -> None:
+    """Raise `ModelError` where mlx-lm would look for a layer of full attention behind the last one.
+
+    `config` is a normalised one.
+    """
+    config = config.get("text_config") or config
+    period, layers = _PERIODS.get(config.get("model_type")), config.get("num_hidden_layers")
+    if period is None or layers is None:
+        return
+    period = config.get("sliding_window_pattern") or period
+    if not 0 < period <= layers:
+        raise ModelError(
+            f"{path}: sliding_window_pattern is {period} for {layers} layers; mlx-lm runs such models "
+            "only with a layer of full attention"
+        )
 
 
 def normalise_config(config: dict) -> dict:

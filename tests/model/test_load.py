@@ -181,7 +181,7 @@ HOSTILE = [
             ("rope_theta", "x", "rope_theta is 'x', not a number"),
             ("rope_theta", float("nan"), "rope_theta is nan, not a number"),
             ("layer_types", {"a": 1}, "not a list"),
-            ("sliding_window_pattern", 3, "is 3 for 2 layers"),
+            ("sliding_window_pattern", [3], "not an integer or letters"),
             ("quantization_config", {"quant_method": "awq"}, "cannot be loaded"),
             ("model_type", [], "has no model_type"),
             ("model_type", "\ud800", "not valid JSON"),
@@ -207,6 +207,24 @@ HOSTILE = [
     (replace_by_pipe("model-2.safetensors"), "model-2.safetensors: not a file"),
     (replace_by_pipe("generation_config.json"), "generation_config.json: not a file"),
 ]
+
+
+def test_periods_of_windows_fit_the_model(model_folder, tmp_path):
+    for family, period, words in (
+        ("gemma3_text", None, "is 6 for 4 layers"),
+        ("gemma3_text", 5, "is 5 for 4 layers"),
+        ("gemma3_text", 4, None),
+        ("llama", 5, None),
+        ("llama", "LLLG", None),
+    ):
+        folder = tmp_path / f"{family}-{period}"
+        shutil.copytree(model_folder(family), folder)
+        spoil_json("config.json", sliding_window_pattern=period)(folder)
+        if words is None:
+            load_model(str(folder))
+        else:
+            with pytest.raises(ModelError, match=words):
+                load_model(str(folder))
 
 
 @pytest.mark.parametrize(("spoil", "words"), HOSTILE)
