@@ -25,9 +25,11 @@ from mlx_align.export.fuse import Packed
 
 log = logging.getLogger("mlx_align")
 
-# Weights that are worked on at once: few enough for their arrays to stay in a core's cache, and many
-# enough to keep a GPU busy.
-CHUNK, GPU_CHUNK = 1 << 16, 1 << 23
+# Weights that are worked on at once: few enough for their arrays to stay near a core, but so many that
+# cores seldom wait for each other's turn in Python; and many enough to keep a GPU busy.
+CHUNK, GPU_CHUNK = 1 << 18, 1 << 23
+# glibc hands arrays of this size back to the system again and again, until a larger one was freed once.
+np.empty(64 * CHUNK, np.uint8)
 # A GPU's blocks are taken where so many of their bytes are those of the CPU.
 GPU_AGREEMENT = 0.99
 SUPER_BLOCK = 256
