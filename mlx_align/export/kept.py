@@ -160,6 +160,9 @@ def _as_written(loaded: LoadedModel, path: Path):
     own, replaced = {}, {}
     for name, read in _matrices(loaded, path):
         layer = name.removesuffix(".weight")
+        # Convolutions, states and the like stay as they are; few of the weights are in them.
+        if layer not in modules or not _is_linear(modules[layer]):
+            continue
         own[layer] = modules[layer]
         if id(modules[layer]) in in_blocks:
             replaced[layer] = _FileLinear(read, _bias(modules[layer]))
@@ -194,9 +197,20 @@ class _FileLinear(nn.Module):
             y = x @ weight + self.bias
         else:
             y = mx.gather_mm(x, weight, rhs_indices=experts, **options)
+            if self.bias.ndim > 1:
+                y = y + mx.expand_dims(self.bias[experts], -2)
         y = y.astype(x.dtype)
         mx.eval(y)
         return y
+
+
+def _is_linear(layer) -> bool:
+    """Whether a layer, adapted or not, is linear, an embedding, or stacked experts."""
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+    kinds = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)
+    base = layer.get("linear", layer.get("embedding", layer))
+    return isinstance(base, (*kinds, SwitchLinear, QuantizedSwitchLinear))
 
 
 def _bias(layer) -> mx.array | None:
