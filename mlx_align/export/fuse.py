@@ -65,7 +65,7 @@ def fused_tensors(
             continue
         if hasattr(module, "lora_a"):
             merged.append(path)
-            base = module.linear if "linear" in module else module.embedding
+            base = base_layer(module)
             yield f"{path}.weight", _merge(module, base)
             if "bias" in base:
                 yield f"{path}.bias", base.bias
@@ -77,6 +77,13 @@ def fused_tensors(
             for name, value in module.items():
                 if isinstance(value, mx.array) and not name.startswith("_"):
                     yield f"{path}.{name}" if path else name, value
+
+
+def base_layer(module: nn.Module) -> nn.Module:
+    """The layer below an update; itself where it wears none."""
+    if "lora_a" not in module:
+        return module
+    return module.linear if "linear" in module else module.embedding
 
 
 def _is_quantised(module) -> bool:

@@ -16,6 +16,7 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from mlx_align.errors import DataError, ExportError
+from mlx_align.export.fuse import base_layer
 from mlx_align.export.recipe import EMBEDDINGS, PLAIN
 from mlx_align.model.load import LoadedModel
 
@@ -155,7 +156,7 @@ class _Recorder(nn.Module):
     def __init__(self, layer: nn.Module):
         super().__init__()
         self.layer = layer
-        self.experts = getattr(layer.get("linear", layer), "num_experts", 1)
+        self.experts = getattr(base_layer(layer), "num_experts", 1)
         self.sums = self.counts = mx.zeros((self.experts, 1))
 
     def __call__(self, x, experts=None, **options):

@@ -23,6 +23,7 @@ from mlx_align.evaluate.cases import own_sets
 from mlx_align.evaluate.contender import Contender
 from mlx_align.evaluate.heldout import held_out_sets, is_run
 from mlx_align.export import folder, gguf
+from mlx_align.export.fuse import base_layer
 from mlx_align.model.adapter import Adapter
 from mlx_align.model.forward import choose_layout, make_batches, token_log_probs
 from mlx_align.model.load import STORED, LoadedModel, load_model
@@ -209,12 +210,11 @@ def _is_linear(layer) -> bool:
     from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
     kinds = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)
-    base = layer.get("linear", layer.get("embedding", layer))
-    return isinstance(base, (*kinds, SwitchLinear, QuantizedSwitchLinear))
+    return isinstance(base_layer(layer), (*kinds, SwitchLinear, QuantizedSwitchLinear))
 
 
 def _bias(layer) -> mx.array | None:
-    return layer.get("linear", layer).get("bias")
+    return base_layer(layer).get("bias")
 
 
 def _in_memory(layer, weight: mx.array) -> nn.Module:

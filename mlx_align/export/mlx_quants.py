@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 
 import mlx.core as mx
 
-from mlx_align.export.fuse import Packed
+from mlx_align.export.fuse import Packed, base_layer
 from mlx_align.model.load import LoadedModel
 
 # What --quantize takes for a folder for MLX.
@@ -60,7 +60,7 @@ def _layer_bits(loaded: LoadedModel, bits: int) -> dict[str, int]:
     choose = getattr(loaded.model, "quant_predicate", None) or (lambda path, layer: True)
     found = {}
     for path, module in loaded.model.named_modules():
-        base = module.get("linear", module.get("embedding", module))
+        base = base_layer(module)
         if loaded.quantised:
             if "scales" in base:
                 found[path] = bits if base.bits == usual else max(bits, base.bits)
